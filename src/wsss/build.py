@@ -1,0 +1,116 @@
+"""From configuration to objects: the one place where config keys meet constructors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from wsss.data.datamodule import WSSSDataModule
+from wsss.errors import UserError
+from wsss.methods.base import CHECKPOINT_KEY, Method
+from wsss.nn import WSSSNetwork
+
+
+def build_data(cfg: DictConfig, load_masks: bool = False) -> WSSSDataModule:
+    """The data module of ``cfg.data``; a generated data set is written first when it is absent.
+
+    Raises:
+        UserError: what the constructor finds wrong.
+    """
+    if "_target_" not in cfg.data:
+        raise UserError(
+            "data=from_checkpoint is for commands that read a checkpoint: choose voc, shapes ..."
+        )
+    if OmegaConf.is_missing(cfg.data, "root"):
+        raise UserError(
+            "data.root is not set: give the data set's folder, for example "
+            "data.root=/data/VOCdevkit/VOC2012."
+        )
+    data = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
+    with _readable():
+        generate = data.pop("generate", None)
+        if generate is not None:
+            hydra.utils.instantiate(generate)(root=data["root"])
+        if load_masks:
+            data["load_masks"] = True
+        return cast(WSSSDataModule, hydra.utils.instantiate(data, _convert_="all"))
+
+
+def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) -> WSSSNetwork:
+    """The network of ``cfg.backbone``.
+
+    Args:
+        cfg: with a ``backbone`` section.
+        num_classes: foreground classes.
+        load_weights: False leaves pretrained weights out, for a network about to be loaded.
+    """
+    backbone = cfg.backbone
+    weights = backbone.weights if load_weights else None
+    return WSSSNetwork(
+        backbone.name,
+        num_classes,
+        early_block=backbone.early_block,
+        pretrained=bool(backbone.pretrained) and weights is None and load_weights,
+        weights=weights,
+        **cast(dict[str, Any], OmegaConf.to_container(backbone.options, resolve=True)),
+    )
+
+
+def method_class(cfg: DictConfig) -> type[Method]:
+    """The class that ``cfg.method`` names."""
+    return cast(type[Method], hydra.utils.get_class(cfg.method._target_))
+
+
+def build_method(cfg: DictConfig, network: WSSSNetwork, classes: tuple[str, ...]) -> Method:
+    """The method of ``cfg.method`` around a network."""
+    with _readable():
+        method = cast(
+            Method,
+            hydra.utils.instantiate(
+                cfg.method, network=network, classes=classes, _convert_="all", _recursive_=False
+            ),
+        )
+    method.run_config = plain_config(cfg)
+    return method
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain containers, with the data folder made absolute."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    if plain.get("data", {}).get("root"):
+        plain["data"]["root"] = str(Path(plain["data"]["root"]).absolute())
+    return plain
+
+
+def saved_config(checkpoint: dict[str, Any], path: str | Path) -> DictConfig:
+    """The configuration that a checkpoint was trained with.
+
+    Raises:
+        UserError: the file was not written by ``wsss.train``.
+    """
+    saved = checkpoint.get(CHECKPOINT_KEY, {}).get("config")
+    if not saved:
+        raise UserError(
+            f"'{path}' was not written by wsss.train: it holds no configuration. Checkpoints lie "
+            "in a run's checkpoints/ folder."
+        )
+    return cast(DictConfig, OmegaConf.create(saved))
+
+
+class _readable:
+    """Turns what constructors raise, also through Hydra, into a UserError of one line."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, InstantiationException) and error.__cause__ is not None:
+            error = error.__cause__
+        if isinstance(error, UserError):
+            raise error
+        if isinstance(error, ValueError | OSError | TypeError):
+            raise UserError(str(error)) from error

@@ -1,0 +1,102 @@
+"""Checkpoints that a crash cannot break, and Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes next to the target and renames: the target is always whole, old or new.
+
+    Reads tensors and plain containers only.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            torch.save(checkpoint, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(
+            path, map_location=map_location or "cpu", weights_only=True
+        )
+        return content
+
+
+class ResumableInterrupt(L.Callback):
+    """The first Ctrl-C ends the run after the current step, with a checkpoint; a second at once.
+
+    Args:
+        path: where the checkpoint goes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.interrupted = False
+        self._asked = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # in the middle of an optimizer step
+        asked = self._asked
+        if trainer.world_size > 1:
+            # Ranks may see the signal at different steps: they must stop at the same one.
+            if trainer.global_step % 10:
+                return
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked and not self.interrupted:
+            self.interrupted = True
+            trainer.save_checkpoint(self.path, weights_only=False)
+            if trainer.is_global_zero:
+                print(f"Stopped at step {trainer.global_step}. Resume with: ckpt={self.path}")
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("Ctrl-C: saving after this step (again: stop at once).", flush=True)
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None

@@ -1,0 +1,153 @@
+"""What all commands share: configuration folder, early checks of overrides, exit codes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from wsss.errors import UserError
+
+
+def config_dir() -> Path:
+    """The ``conf`` folder: inside an installed wheel, or at the root of a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def hydra_command(config_name: str, main: Callable[[DictConfig], Any]) -> None:
+    """Run ``main`` as a Hydra application, with mistakes told in one line.
+
+    Overrides are checked before Hydra starts: an unknown key or choice ends the command at once
+    and names the nearest right one. A :class:`UserError` ends it with exit code 2, without a
+    traceback.
+    """
+
+    def guarded(cfg: DictConfig) -> Any:
+        try:
+            return main(cfg)
+        except UserError as error:
+            if os.environ.get("HYDRA_FULL_ERROR"):
+                raise
+            fail(str(error))
+
+    check_overrides(config_name, sys.argv[1:])
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
+        guarded
+    )()
+
+
+def fail(message: str) -> None:
+    """Print an error and end with exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_overrides(config_name: str, arguments: list[str]) -> None:
+    """Compose the configuration once, so that a mistyped override fails with a hint.
+
+    Sweeps are checked at the first value of each swept key. Hydra's own flags pass through.
+    """
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    if any(a in ("--help", "-h", "--hydra-help", "--info", "--version") for a in arguments):
+        return
+    extra = _flag_value(arguments, "--config-dir", "-cd")
+    if _flag_value(arguments, "--config-name", "-cn") or _flag_value(arguments, "--config-path"):
+        return
+    try:
+        singles = [_first_value(o) for o in overrides]
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            if extra:
+                singles.append(f"hydra.searchpath=[{Path(extra).absolute().as_uri()}]")
+            hydra.compose(config_name, overrides=singles, return_hydra_config=True)
+    except (HydraException, ConfigCompositionException) as error:
+        fail(_with_hint(config_name, overrides, error))
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _flag_value(arguments: list[str], *flags: str) -> str | None:
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in flags:
+            return value or (arguments[i + 1] if i + 1 < len(arguments) else None)
+    return None
+
+
+def _first_value(override: str) -> str:
+    """``key=a,b`` and ``key=choice(a,b)`` as ``key=a``; others unchanged."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return override
+    first = next(iter(parsed.sweep_string_iterator()))
+    return f"{override.split('=', 1)[0]}={first}"
+
+
+def _with_hint(config_name: str, overrides: list[str], error: Exception) -> str:
+    message = str(error).split("\nSet the environment")[0].strip()
+    groups = _groups()
+    keys = _known_keys(config_name)
+    for override in overrides:
+        raw, _, value = override.partition("=")
+        key = raw.lstrip("+~").split("@")[0]
+        if key in groups:
+            wrong = [v for v in value.split(",") if v not in groups[key] and v != "null"]
+            if wrong:
+                return (
+                    f"{key}={wrong[0]}: no such choice. {_nearest(wrong[0], groups[key])}"
+                    f"Available: {', '.join(groups[key])}."
+                )
+        elif raw.startswith(("+", "~", "hydra.")):
+            continue
+        elif key not in keys:
+            return f"{key}: no such key. {_nearest(key, [*keys, *groups])}".strip()
+    return message
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if not near:  # a right last part in the wrong section: `momentum` for `method.momentum`
+        near = [k for k in known if k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:1]
+    return f"Did you mean '{near[0]}'? " if near else ""
+
+
+def _groups() -> dict[str, list[str]]:
+    return {
+        folder.name: sorted(f.stem for f in folder.glob("*.yaml") if f.stem != "base")
+        for folder in config_dir().iterdir()
+        if folder.is_dir()
+    }
+
+
+def _known_keys(config_name: str) -> set[str]:
+    """Dotted keys of the default configuration and of every choice of every group."""
+    keys: set[str] = set()
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                if key in ("defaults", "hydra"):
+                    continue
+                path = f"{prefix}{key}"
+                keys.add(path)
+                walk(value, f"{path}.")
+
+    def read(file: Path) -> Any:
+        return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+
+    walk(read(config_dir() / f"{config_name}.yaml"), "")
+    for folder in config_dir().iterdir():
+        if folder.is_dir() and folder.name != "experiment":
+            for file in folder.glob("*.yaml"):
+                walk(read(file), f"{folder.name}.")
+    return keys

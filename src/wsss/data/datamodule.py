@@ -1,0 +1,324 @@
+"""Lightning data module: one global batch, split over ranks, micro-batches and workers.
+
+The tensors of a run depend on the seed and the global sample number alone (``wsss.data.order``):
+any number of workers and ranks, any accumulation, and any restart give the same training data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import cv2
+import lightning
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from wsss.data.batch import Batch, EvalBatch, to_unit_range
+from wsss.data.order import MicroBatchSampler, image_index, sample_rng
+from wsss.data.views import TwoViews, ViewPair, resize_image
+from wsss.errors import UserError
+
+
+class ImageSet(Protocol):
+    """What the data module needs of a data set; ``wsss.data.voc.VOC`` is one.
+
+    Attributes:
+        classes: C foreground class names; class i has mask value i + 1.
+        names: N image names.
+        labels: (N, C) float32, 1 where the image holds the class.
+    """
+
+    classes: tuple[str, ...]
+    names: list[str]
+    labels: NDArray[np.float32]
+
+    def __len__(self) -> int: ...
+
+    def load_image(self, index: int) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB."""
+
+    def load_mask(self, index: int) -> NDArray[np.uint8]:
+        """(H, W) uint8, 0..C and 255."""
+
+
+class _TrainSample(NamedTuple):
+    views: ViewPair
+    labels: NDArray[np.float32]
+    name: str
+    number: int
+
+
+class _EvalSample(NamedTuple):
+    image: NDArray[np.uint8]
+    labels: NDArray[np.float32]
+    mask: NDArray[np.uint8]
+    name: str
+
+
+class _TrainSamples(Dataset[_TrainSample]):
+    """Samples by global sample number (not by image index)."""
+
+    def __init__(self, images: ImageSet, view: TwoViews, seed: int, load_masks: bool) -> None:
+        self.images = images
+        self.view = view
+        self.seed = seed
+        self.load_masks = load_masks
+
+    def __getitem__(self, number: int) -> _TrainSample:
+        index = image_index(self.seed, number, len(self.images))
+        image = self.images.load_image(index)
+        mask = self.images.load_mask(index) if self.load_masks else None
+        views = self.view(image, sample_rng(self.seed, number), mask)
+        return _TrainSample(views, self.images.labels[index], self.images.names[index], number)
+
+
+class _EvalSamples(Dataset[_EvalSample]):
+    """Images at the evaluation size with masks at their own, by image index."""
+
+    def __init__(self, images: ImageSet, size: int) -> None:
+        self.images = images
+        self.size = size
+
+    def __getitem__(self, index: int) -> _EvalSample:
+        image = resize_image(self.images.load_image(index), self.size, self.size)
+        mask = self.images.load_mask(index)
+        return _EvalSample(image, self.images.labels[index], mask, self.images.names[index])
+
+
+def _to_chw(images: Sequence[NDArray[np.uint8]]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def collate_train(samples: Sequence[_TrainSample]) -> Batch:
+    """Stack samples into a :class:`Batch` (uint8 images)."""
+    masks = [sample.views.mask for sample in samples if sample.views.mask is not None]
+    return Batch(
+        weak=_to_chw([sample.views.weak for sample in samples]),
+        strong=_to_chw([sample.views.strong for sample in samples]),
+        labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
+        valid=torch.from_numpy(np.stack([sample.views.valid for sample in samples])),
+        names=[sample.name for sample in samples],
+        index=torch.tensor([sample.number for sample in samples], dtype=torch.int64),
+        mask=torch.from_numpy(np.stack(masks).astype(np.int64)) if masks else None,
+    )
+
+
+def collate_eval(samples: Sequence[_EvalSample]) -> EvalBatch:
+    """Stack samples into an :class:`EvalBatch` (uint8 images, masks of different sizes)."""
+    return EvalBatch(
+        images=_to_chw([sample.image for sample in samples]),
+        labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
+        masks=[torch.from_numpy(sample.mask.astype(np.int64)) for sample in samples],
+        names=[sample.name for sample in samples],
+    )
+
+
+def _single_thread(worker: int) -> None:
+    """Worker start: the workers are the parallelism."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+class WSSSDataModule(lightning.LightningDataModule):
+    """Training views and evaluation images of one data set.
+
+    Args:
+        dataset: makes an :class:`ImageSet`; called with ``root``, ``split``, ``load_masks`` and
+            ``skip_unlabelled`` (a Hydra ``_partial_`` of ``wsss.data.voc.VOC``). It checks the
+            files, so a broken data set fails in :meth:`setup`, before the first step.
+        root: folder of the data set.
+        view: makes the training views.
+        train_split, val_split: splits of the data set.
+        batch_size: the **global** batch: samples of one optimizer step over all ranks and
+            accumulated micro-batches.
+        num_workers: loader processes of each rank.
+        seed: decides image order and augmentation.
+        eval_size: side S of the square that evaluation images are resized to.
+        eval_batch_size: evaluation images of one forward pass on one rank.
+        load_masks: put masks into training batches (``method=supervised``). Evaluation always
+            has them.
+        max_val_images: evaluate on that many images, evenly spaced over the list; None for all.
+
+    Raises:
+        UserError: a number out of range; in :meth:`train_dataloader`, a global batch that does
+            not divide over ranks and accumulation, or a run without ``max_steps``.
+    """
+
+    def __init__(
+        self,
+        dataset: Callable[..., ImageSet],
+        root: str,
+        view: TwoViews,
+        train_split: str = "train_aug",
+        val_split: str = "val",
+        batch_size: int = 4,
+        num_workers: int = 4,
+        seed: int = 0,
+        eval_size: int = 448,
+        eval_batch_size: int = 1,
+        load_masks: bool = False,
+        max_val_images: int | None = None,
+    ) -> None:
+        super().__init__()
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+            ("eval_size", eval_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("max_val_images", 1 if max_val_images is None else max_val_images, 1),
+        ):
+            if value < least:
+                raise UserError(f"data.{key}={value}: must be at least {least}")
+        self.dataset = dataset
+        self.root = root
+        self.view = view
+        self.train_split = train_split
+        self.val_split = val_split
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.eval_size = eval_size
+        self.eval_batch_size = eval_batch_size
+        self.load_masks = load_masks
+        self.max_val_images = max_val_images
+        self.train_images: ImageSet | None = None
+        self.val_images: ImageSet | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the splits that ``stage`` needs and check their files; repeated calls are free.
+
+        Args:
+            stage: ``fit`` (training and validation), ``validate``, ``test`` or ``predict``
+                (validation only), or None for both.
+        """
+        if stage in (None, "fit") and self.train_images is None:
+            self.train_images = self.dataset(
+                root=self.root,
+                split=self.train_split,
+                load_masks=self.load_masks,
+                skip_unlabelled=True,
+            )
+        if self.val_images is None:
+            self.val_images = self.dataset(
+                root=self.root, split=self.val_split, load_masks=True, skip_unlabelled=False
+            )
+        train, val = self.train_images, self.val_images
+        if train is not None and train.classes != val.classes:
+            raise UserError(
+                f"splits '{self.train_split}' and '{self.val_split}' of {self.root} have different "
+                f"classes: {train.classes} and {val.classes}"
+            )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the C foreground classes; known after :meth:`setup`."""
+        if self.val_images is None:
+            raise RuntimeError("the data module's classes are known after setup(); call it first")
+        return self.val_images.classes
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of foreground classes; known after :meth:`setup`."""
+        return len(self.classes)
+
+    def val_indices(self) -> list[int]:
+        """List the indices into ``val_images`` that are evaluated, over all ranks."""
+        self.setup("validate")
+        assert self.val_images is not None
+        total = len(self.val_images)
+        if self.max_val_images is None or self.max_val_images >= total:
+            return list(range(total))
+        return [int(i) for i in np.linspace(0, total - 1, self.max_val_images).round()]
+
+    def train_dataloader(self) -> DataLoader[_TrainSample]:
+        """Loader of this rank's part of every step from the trainer's current step to the last."""
+        self.setup("fit")
+        assert self.train_images is not None
+        trainer = self.trainer
+        if trainer is None:
+            raise RuntimeError("train_dataloader() needs a trainer: it knows ranks and steps")
+        if trainer.max_steps < 1:
+            raise UserError(
+                f"trainer.max_steps={trainer.max_steps}: runs are counted in optimizer steps, set "
+                "trainer.max_steps to their number"
+            )
+        self._check_sampler_is_kept()
+        world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+        micro_batch, rest = divmod(self.batch_size, world * accumulate)
+        if rest or not micro_batch:
+            fitting = world * accumulate * max(1, round(self.batch_size / (world * accumulate)))
+            raise UserError(
+                f"data.batch_size={self.batch_size} is the global batch and does not divide over "
+                f"{world} ranks x {accumulate} accumulated micro-batches; set it to a multiple of "
+                f"{world * accumulate} (for example {fitting}), or change trainer.devices or "
+                "trainer.accumulate_grad_batches"
+            )
+        sampler = MicroBatchSampler(
+            global_batch=self.batch_size,
+            micro_batch=micro_batch,
+            rank=trainer.global_rank,
+            world_size=world,
+            accumulate=accumulate,
+            start_step=trainer.global_step,
+            total_steps=trainer.max_steps,
+        )
+        samples = _TrainSamples(self.train_images, self.view, self.seed, self.load_masks)
+        return DataLoader(
+            samples,
+            batch_sampler=sampler,
+            collate_fn=collate_train,
+            **self._loader_options(),
+        )
+
+    def val_dataloader(self) -> DataLoader[_EvalSample]:
+        """Loader of this rank's evaluation images; the ranks' images are disjoint and complete.
+
+        Nothing is repeated to even out the ranks, so the numbers of batches may differ by one.
+        """
+        indices = self.val_indices()
+        assert self.val_images is not None
+        if self.trainer is not None:
+            self._check_sampler_is_kept()
+            indices = indices[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(
+            _EvalSamples(self.val_images, self.eval_size),
+            sampler=indices,
+            batch_size=self.eval_batch_size,
+            collate_fn=collate_eval,
+            **self._loader_options(),
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """uint8 images to float in [0, 1], on the device; other batches pass unchanged."""
+        if isinstance(batch, Batch):
+            return replace(
+                batch, weak=to_unit_range(batch.weak), strong=to_unit_range(batch.strong)
+            )
+        if isinstance(batch, EvalBatch):
+            return replace(batch, images=to_unit_range(batch.images))
+        return batch
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": _single_thread,
+        }
+
+    def _check_sampler_is_kept(self) -> None:
+        """Refuse Lightning's DistributedSampler in place of ours: it pads and shuffles."""
+        trainer = self.trainer
+        assert trainer is not None
+        connector = getattr(trainer, "_accelerator_connector", None)
+        if trainer.world_size > 1 and getattr(connector, "use_distributed_sampler", False):
+            raise UserError(
+                "trainer.use_distributed_sampler must be false with more than one rank: the data "
+                "module already splits the samples over ranks"
+            )

@@ -1,0 +1,240 @@
+"""Weak and strong views of one image, and the view used for evaluation.
+
+The two views of a sample are compared pixel by pixel, so the geometry is computed once: the
+strong view is the finished weak view with one appearance transform on top (CoSA, Tables 8 to 10:
+the strong chain is the weak chain, blur included, followed by ``OneOf(TransAppearance)``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageOps
+
+from wsss.errors import UserError
+
+# Worker processes are the parallelism; OpenCV's own threads would only fight over the cores.
+cv2.setNumThreads(0)
+
+VOID = 255
+BLUR_SIGMA = (0.1, 2.0)
+ENHANCE_RANGE = (0.05, 0.95)
+POSTERIZE_BITS = (4, 8)
+
+_Appearance = Callable[[Image.Image, float], Image.Image]
+
+
+def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Appearance:
+    low, high = ENHANCE_RANGE
+
+    def apply(image: Image.Image, u: float) -> Image.Image:
+        return kind(image).enhance(low + (high - low) * u)
+
+    return apply
+
+
+def _posterize(image: Image.Image, u: float) -> Image.Image:
+    low, high = POSTERIZE_BITS
+    return ImageOps.posterize(image, low + int(u * (high - low + 1)))
+
+
+# Table 10, in its order. Each takes the image and a number uniform in [0, 1).
+_APPEARANCE: dict[str, _Appearance] = {
+    "identity": lambda image, u: image,
+    "autocontrast": lambda image, u: ImageOps.autocontrast(image),
+    "equalize": lambda image, u: ImageOps.equalize(image),
+    "solarize": lambda image, u: ImageOps.solarize(image, int(u * 256)),
+    "color": _enhance(ImageEnhance.Color),
+    "contrast": _enhance(ImageEnhance.Contrast),
+    "brightness": _enhance(ImageEnhance.Brightness),
+    "sharpness": _enhance(ImageEnhance.Sharpness),
+    "posterize": _posterize,
+}
+
+APPEARANCE = tuple(_APPEARANCE)
+"""Names of the appearance transforms."""
+
+
+def apply_appearance(image: NDArray[np.uint8], name: str, u: float) -> NDArray[np.uint8]:
+    """One appearance transform of Table 10 with PIL's semantics.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        name: one of :data:`APPEARANCE`.
+        u: strength in [0, 1): solarize threshold ``256 u``; enhancement factor
+            ``0.05 + 0.9 u`` (1 would be the unchanged image); posterize ``4 + floor(5 u)`` bits;
+            the others have no strength.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    if name == "identity":
+        return image
+    return np.asarray(_APPEARANCE[name](Image.fromarray(image), u))
+
+
+def resize_image(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Resize with pixel centres aligned: area average to shrink, bilinear to enlarge.
+
+    Shrinking averages over the covered source pixels, where plain bilinear interpolation would
+    skip some and alias. An image that grows along either axis is interpolated along both.
+
+    Args:
+        image: (H, W, 3) uint8.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    if (height, width) == image.shape[:2]:
+        return image
+    shrinks = height <= image.shape[0] and width <= image.shape[1]
+    # The EXACT variants compute in fixed point: the same bits on every processor.
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR_EXACT
+    return np.asarray(cv2.resize(image, (width, height), interpolation=how), np.uint8)
+
+
+def resize_mask(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Nearest-neighbour resize with pixel centres aligned; classes are never mixed."""
+    # INTER_NEAREST takes floor(x * ratio), half a pixel off the image's bilinear grid.
+    resized = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    return np.asarray(resized, np.uint8)
+
+
+class ViewPair(NamedTuple):
+    """Two views of the same crop; everything is aligned pixel by pixel.
+
+    Attributes:
+        weak: (h, w, 3) uint8 RGB, 0 outside the image.
+        strong: (h, w, 3) uint8 RGB, ``weak`` under one appearance transform, 0 outside.
+        valid: (h, w) bool, False outside the image.
+        mask: (h, w) uint8, 255 outside the image; None if no mask was given.
+    """
+
+    weak: NDArray[np.uint8]
+    strong: NDArray[np.uint8]
+    valid: NDArray[np.bool_]
+    mask: NDArray[np.uint8] | None
+
+
+class TwoViews:
+    """Random rescale, flip, crop and blur (weak), plus one appearance transform (strong).
+
+    The rescaled image and the crop window are placed at random: where the image is larger than
+    the crop the window moves over it, where it is smaller the image moves inside the window and
+    the rest is black padding. Blur and appearance see only the image part of the crop: black
+    padding neither bleeds into the image nor counts in its histogram.
+
+    Args:
+        crop_size: side of the crop in pixels, or (height, width).
+        scale: range of the uniform rescale factor.
+        flip: probability of a horizontal flip.
+        blur: probability of a Gaussian blur, sigma uniform in [0.1, 2] pixels of the crop. Both
+            views share it.
+        appearance: transforms to draw from, uniformly, for the strong view. ``["identity"]``
+            makes both views equal.
+
+    Raises:
+        UserError: a size, range, probability or name that cannot be.
+
+    Example:
+        >>> import numpy as np
+        >>> views = TwoViews(crop_size=32)
+        >>> pair = views(np.full((20, 30, 3), 7, np.uint8), np.random.default_rng(0))
+        >>> pair.weak.shape, pair.valid.dtype, pair.mask
+        ((32, 32, 3), dtype('bool'), None)
+    """
+
+    def __init__(
+        self,
+        crop_size: int | Sequence[int] = 448,
+        scale: Sequence[float] = (0.5, 2.0),
+        flip: float = 0.5,
+        blur: float = 0.5,
+        appearance: Sequence[str] = APPEARANCE,
+    ) -> None:
+        size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
+        if len(size) != 2 or min(size) < 1:
+            raise UserError(f"view.crop_size={crop_size}: expected a side or (height, width)")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise UserError(f"view.scale={scale}: expected (low, high) with 0 < low <= high")
+        for key, value in (("flip", flip), ("blur", blur)):
+            if not 0 <= value <= 1:
+                raise UserError(f"view.{key}={value}: expected a probability between 0 and 1")
+        for name in appearance:
+            if name not in _APPEARANCE:
+                close = get_close_matches(name, APPEARANCE, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(APPEARANCE)}"
+                raise UserError(f"view.appearance: unknown transform '{name}', {hint}")
+        if not appearance:
+            raise UserError("view.appearance is empty; [identity] leaves the strong view as is")
+        self.crop_size = (int(size[0]), int(size[1]))
+        self.scale = (float(scale[0]), float(scale[1]))
+        self.flip = float(flip)
+        self.blur = float(blur)
+        self.appearance = tuple(appearance)
+
+    def __call__(
+        self,
+        image: NDArray[np.uint8],
+        rng: np.random.Generator,
+        mask: NDArray[np.uint8] | None = None,
+    ) -> ViewPair:
+        """Draw one pair of views.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            rng: the sample's own generator. Eight uniform numbers are drawn, whatever they are
+                used for: scale, flip, vertical place, horizontal place, blur or not, blur sigma,
+                appearance transform, its strength.
+            mask: (H, W) uint8 class mask to take along, or None.
+        """
+        draws = [float(u) for u in rng.random(8)]
+        low, high = self.scale
+        ratio = low + (high - low) * draws[0]
+        height = max(1, round(image.shape[0] * ratio))
+        width = max(1, round(image.shape[1] * ratio))
+        flipped = draws[1] < self.flip
+        rows = _place(height, self.crop_size[0], draws[2])
+        columns = _place(width, self.crop_size[1], draws[3])
+
+        def cut(full: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            oriented = full[:, ::-1] if flipped else full
+            return np.ascontiguousarray(oriented[rows.source, columns.source])
+
+        part = cut(resize_image(image, height, width))
+        if draws[4] < self.blur:
+            sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[5]
+            part = np.asarray(cv2.GaussianBlur(part, (0, 0), sigma), np.uint8)
+        name = self.appearance[int(draws[6] * len(self.appearance))]
+        changed = apply_appearance(part, name, draws[7])
+
+        inside = (rows.target, columns.target)
+        weak = np.zeros((*self.crop_size, 3), np.uint8)
+        weak[inside] = part
+        strong = np.zeros_like(weak)
+        strong[inside] = changed
+        valid = np.zeros(self.crop_size, np.bool_)
+        valid[inside] = True
+        crop_mask = None
+        if mask is not None:
+            crop_mask = np.full(self.crop_size, VOID, np.uint8)
+            crop_mask[inside] = cut(resize_mask(mask, height, width))
+        return ViewPair(weak, strong, valid, crop_mask)
+
+
+class _Placement(NamedTuple):
+    source: slice  # what of the image is kept
+    target: slice  # where it lies in the crop
+
+
+def _place(size: int, crop: int, u: float) -> _Placement:
+    """Place an image axis of ``size`` and a crop axis against each other; u in [0, 1)."""
+    offset = int(u * (abs(size - crop) + 1))
+    if size >= crop:
+        return _Placement(slice(offset, offset + crop), slice(0, crop))
+    return _Placement(slice(0, size), slice(offset, offset + size))

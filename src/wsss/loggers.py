@@ -1,0 +1,42 @@
+"""Loggers of a run: CSV always, W&B by choice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+
+
+def make_loggers(cfg: DictConfig, output_dir: Path) -> list[Logger]:
+    """CSV in the run folder, and W&B when ``cfg.logger.wandb`` is set."""
+    loggers: list[Logger] = [
+        CSVLogger(output_dir, name="", version="", flush_logs_every_n_steps=50)
+    ]
+    if cfg.logger.wandb is not None:
+        options = cast(dict[str, Any], OmegaConf.to_container(cfg.logger.wandb, resolve=True))
+        offline = wandb_is_offline()
+        if offline:
+            os.environ["WANDB_MODE"] = "offline"
+        logger = WandbLogger(
+            name=f"{cfg.name}-seed{cfg.seed}", save_dir=output_dir, offline=offline, **options
+        )
+        logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+        loggers.append(logger)
+    return loggers
+
+
+def wandb_is_offline() -> bool:
+    """Whether runs stay on this machine: ``WANDB_MODE`` says so, or there is no key."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return mode != "online"
+    if os.environ.get("WANDB_API_KEY"):
+        return False
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return "wandb" not in netrc.read_text()
+    except OSError:
+        return True

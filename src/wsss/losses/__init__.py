@@ -1,0 +1,13 @@
+"""Losses, one a file: pure functions of tensors."""
+
+from wsss.losses.cam2seg import cam2seg_loss
+from wsss.losses.classification import classification_loss
+from wsss.losses.contrastive_separation import contrastive_separation_loss
+from wsss.losses.seg2cam import seg2cam_loss
+
+__all__ = [
+    "cam2seg_loss",
+    "classification_loss",
+    "contrastive_separation_loss",
+    "seg2cam_loss",
+]

@@ -1,0 +1,229 @@
+"""What every method shares: optimizer, named losses, evaluation and what a checkpoint says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from wsss.data.batch import Batch, EvalBatch
+from wsss.errors import UserError
+from wsss.methods.schedule import warmup_poly
+from wsss.metrics.protocols import ProtocolScores
+from wsss.nn import WSSSNetwork
+
+CHECKPOINT_KEY = "wsss"
+#: steps between two looks at the losses on an accelerator, where a look holds the step up
+FINITE_CHECK_EVERY = 50
+
+
+class Method(L.LightningModule):
+    """Base of all methods: a subclass says which losses a batch gives.
+
+    Args:
+        network: the trained ("online") network.
+        classes: foreground class names, in label order.
+        lr: learning rate of the encoder; heads and decoder use ``head_lr_factor`` times it.
+        weight_decay: of AdamW, on all parameters.
+        head_lr_factor: factor for classifiers and decoder.
+        betas: of AdamW.
+        warmup_steps: learning-rate warm-up, in optimizer steps.
+        warmup_ratio: factor at step 0.
+        power: of the polynomial decay.
+        eval_scales: scales of the segmentation logits at evaluation, with flips.
+        cam_scales: scales of the CAMs at evaluation (and of CoSA's assignment network).
+        cpl_threshold: background threshold at which CAM pseudo-labels are scored.
+    """
+
+    #: names of :meth:`networks`, which prefix their scores; the first is the one to deploy
+    network_names: tuple[str, ...] = ("on",)
+    #: score that decides which checkpoint is best
+    monitor = "on/seg/miou_ms_flip"
+    evaluates_segmentation = True
+    evaluates_cam = True
+    needs_masks = False
+
+    def __init__(
+        self,
+        network: WSSSNetwork,
+        classes: Sequence[str],
+        lr: float = 6e-5,
+        weight_decay: float = 0.01,
+        head_lr_factor: float = 10.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 1500,
+        warmup_ratio: float = 1e-6,
+        power: float = 0.9,
+        eval_scales: Sequence[float] = (1.0, 0.5, 1.5, 0.75, 1.25),
+        cam_scales: Sequence[float] = (1.0, 0.5, 1.5),
+        cpl_threshold: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if len(classes) != network.num_classes:
+            raise UserError(
+                f"The network has {network.num_classes} classes, the data set {len(classes)}."
+            )
+        self.network = network
+        self.classes = tuple(classes)
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.head_lr_factor = head_lr_factor
+        self.betas = (float(betas[0]), float(betas[1]))
+        self.warmup_steps = warmup_steps
+        self.warmup_ratio = warmup_ratio
+        self.power = power
+        self.cam_scales = tuple(cam_scales)
+        self.scores = nn.ModuleDict(
+            {
+                name: ProtocolScores(
+                    self.classes,
+                    eval_scales,
+                    cam_scales,
+                    cpl_threshold,
+                    segmentation=self.evaluates_segmentation,
+                    cam=self.evaluates_cam,
+                )
+                for name in self.network_names
+            }
+        )
+        #: plain configuration of the run, kept in checkpoints so that commands can rebuild it
+        self.run_config: dict[str, Any] = {}
+        self._last_terms: dict[str, Tensor] = {}
+
+    # --- what a method defines -------------------------------------------------------------
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Named loss terms of one micro-batch, before weighting."""
+        raise NotImplementedError
+
+    def loss_weights(self) -> Mapping[str, float]:
+        """Weight of each term; a term that is not named counts 1."""
+        return {}
+
+    def networks(self) -> dict[str, WSSSNetwork]:
+        """The networks that ``network_names`` names."""
+        return {"on": self.network}
+
+    # --- training --------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        weights = self.loss_weights()
+        terms = self.losses(batch)
+        total = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        self._check_finite(terms)
+        for name, term in terms.items():
+            self.log(f"loss/{name}", term.detach(), batch_size=len(batch.names))
+        self.log("loss/total", total.detach(), prog_bar=True, batch_size=len(batch.names))
+        return total
+
+    def _check_finite(self, terms: Mapping[str, Tensor]) -> None:
+        """Stop on NaN or infinity and say which term.
+
+        On the CPU every step, before the optimizer's; on an accelerator at every
+        ``FINITE_CHECK_EVERY``-th and before a checkpoint is written.
+        """
+        self._last_terms = {name: term.detach() for name, term in terms.items()}
+        looks = self.device.type == "cpu" or (self.trainer.global_step % FINITE_CHECK_EVERY == 0)
+        if looks:
+            self._raise_if_not_finite()
+
+    def _raise_if_not_finite(self) -> None:
+        bad = [name for name, term in self._last_terms.items() if not bool(term.isfinite())]
+        if bad:
+            raise UserError(
+                f"loss/{bad[0]} is {float(self._last_terms[bad[0]])} at step "
+                f"{self.trainer.global_step}. Training stops; the last checkpoint written before "
+                "it is good. Lower method.lr, use trainer.precision=32-true, or look at the images "
+                "of this step."
+            )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Whatever a step draws (stochastic depth, sampled losses) depends on seed, micro-batch
+        # and rank alone: a resumed run repeats an uninterrupted one.
+        seed = int(self.run_config.get("seed", 0))
+        torch.manual_seed(((seed * 1_000_003 + batch_idx) * 1009 + self.global_rank) % 2**63)
+
+    def configure_optimizers(self) -> Any:
+        heads = {id(p) for p in self.network.head_parameters()}
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if id(p) not in heads], "lr": self.lr},
+            {
+                "params": [p for p in trained if id(p) in heads],
+                "lr": self.lr * self.head_lr_factor,
+            },
+        ]
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+        )
+        total = self.trainer.max_steps
+
+        def factor(step: int) -> float:
+            return warmup_poly(step, total, self.warmup_steps, self.warmup_ratio, self.power)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    # --- evaluation ------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        for scores in self.scores.values():
+            scores.reset()  # type: ignore[operator]
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        for name, network in self.networks().items():
+            self.scores[name].update(network, batch)  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.compute_scores().items():
+            self.log(name, value, prog_bar=name == self.monitor)
+
+    def compute_scores(self) -> dict[str, Tensor]:
+        """mIoU of every network under every protocol, by full name (``an/seg/miou_ms_flip``)."""
+        return {
+            f"{network}/{protocol}": value["miou"].float()
+            for network, value_by_protocol in self.compute_tables().items()
+            for protocol, value in value_by_protocol.items()
+        }
+
+    def compute_tables(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """All scores: network, protocol, then the dict of :class:`SegmentationScores`."""
+        return {name: scores.compute() for name, scores in self.scores.items()}  # type: ignore[operator]
+
+    # --- checkpoints -----------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._raise_if_not_finite()
+        checkpoint[CHECKPOINT_KEY] = {"classes": list(self.classes), "config": self.run_config}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_classes(checkpoint, self.classes)
+
+
+def check_classes(checkpoint: Mapping[str, Any], classes: Sequence[str], path: str = "") -> None:
+    """Compare a checkpoint's class list with the data set's.
+
+    Raises:
+        UserError: they differ, in number, names or order.
+    """
+    saved = list(checkpoint.get(CHECKPOINT_KEY, {}).get("classes", []))
+    if not saved:
+        raise UserError(f"{path or 'The checkpoint'} was not written by wsss: it names no classes.")
+    if saved == list(classes):
+        return
+    where = f"'{path}'" if path else "The checkpoint"
+    if len(saved) != len(classes):
+        detail = f"{len(saved)} classes, the data set has {len(classes)}"
+    else:
+        i = next(i for i, (a, b) in enumerate(zip(saved, classes, strict=True)) if a != b)
+        detail = f"'{saved[i]}' as class {i + 1}, the data set has '{classes[i]}'"
+    raise UserError(
+        f"{where} was trained with {detail}. Choose the data that it was trained on, or another "
+        "checkpoint."
+    )

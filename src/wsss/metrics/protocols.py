@@ -1,0 +1,130 @@
+"""Evaluation of one network under every protocol, in one pass over the images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsss.data.batch import EvalBatch
+from wsss.metrics.segmentation import SegmentationScores
+from wsss.nn import WSSSNetwork
+from wsss.pseudo import cam_pseudo_label, multi_scale
+
+SEGMENTATION_PROTOCOLS = (
+    "seg/miou_ss",
+    "seg/miou_ms_flip",
+    "seg_given_tags/miou_ss",
+    "seg_given_tags/miou_ms_flip",
+)
+CAM_PROTOCOLS = ("cpl/miou_ms_flip", "cpl_early/miou_ms_flip", "cpl_ensemble/miou_ms_flip")
+
+
+class ProtocolScores(nn.Module):
+    """mIoU of one network under every protocol of ``metrics.md``.
+
+    ``seg/`` knows nothing of the image; ``seg_given_tags/`` masks classes that its labels do not
+    name; ``cpl*/`` are CAM pseudo-labels, whose labels are known, at ``cpl_threshold``.
+    ``_ss`` is one scale; ``_ms_flip`` averages logits over ``scales`` and flips (CAMs: maximum
+    over ``cam_scales`` and flips).
+
+    Args:
+        classes: foreground class names.
+        scales: of the segmentation logits.
+        cam_scales: of the CAMs.
+        cpl_threshold: background threshold of the CAM pseudo-labels.
+        segmentation: take the segmentation scores.
+        cam: take the CAM scores.
+        ignore_index: mask value that is left out.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        scales: Sequence[float] = (1.0, 0.5, 1.5, 0.75, 1.25),
+        cam_scales: Sequence[float] = (1.0, 0.5, 1.5),
+        cpl_threshold: float = 0.5,
+        segmentation: bool = True,
+        cam: bool = True,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        self.scales = tuple(scales) if segmentation else tuple(cam_scales)
+        self.cam_scales = tuple(s for s in cam_scales if s in self.scales)
+        self.cpl_threshold = cpl_threshold
+        self.segmentation = segmentation
+        self.cam = cam
+        self.protocols = (SEGMENTATION_PROTOCOLS if segmentation else ()) + (
+            CAM_PROTOCOLS if cam else ()
+        )
+        names = ("background", *classes)
+        self.scores = nn.ModuleList(
+            SegmentationScores(len(names), ignore_index, names) for _ in self.protocols
+        )
+
+    def reset(self) -> None:
+        """Forget all images."""
+        for score in self.scores:
+            score.reset()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def update(self, network: WSSSNetwork, batch: EvalBatch) -> None:
+        """Predict one batch and count it.
+
+        Logits and CAMs are resized (bilinear) to each mask's own size, never the mask.
+        """
+        out = multi_scale(
+            network,
+            batch.images,
+            self.scales,
+            cam_scales=self.cam_scales,
+            decode=self.segmentation,
+        )
+        maps: dict[str, Tensor] = {}
+        if self.segmentation:
+            single = network(batch.images).seg_logits
+            assert single is not None
+            assert out.seg_logits is not None
+            size = (batch.images.shape[-2], batch.images.shape[-1])
+            single = F.interpolate(single.float(), size=size, mode="bilinear", align_corners=False)
+            maps |= {"ss": single, "ms_flip": out.seg_logits}
+        for i, mask in enumerate(batch.masks):
+            target = mask[None]
+            present = batch.labels[i].bool()
+            predictions: dict[str, Tensor] = {}
+            for name, logits in maps.items():
+                resized = _resize(logits[i : i + 1], mask)
+                predictions[f"seg/miou_{name}"] = resized.argmax(1)
+                # Absent classes are masked by taking the present ones alone.
+                kept = torch.cat([present.new_ones(1), present]).nonzero().flatten()
+                predictions[f"seg_given_tags/miou_{name}"] = kept[resized[:, kept].argmax(1)]
+            if self.cam:
+                channels = present.nonzero().flatten()
+                cams = [_resize(c[i : i + 1, channels], mask) for c in (out.cam, out.early_cam)]
+                cams.append((cams[0] + cams[1]) / 2)
+                for name, cam in zip(CAM_PROTOCOLS, cams, strict=True):
+                    predictions[name] = _present_label(cam, channels, self.cpl_threshold)
+            for name, score in zip(self.protocols, self.scores, strict=True):
+                score.update(predictions[name], target)  # type: ignore[operator]
+
+    def compute(self) -> dict[str, dict[str, Tensor]]:
+        """Scores by protocol name, reduced over ranks; see :meth:`SegmentationScores.compute`."""
+        return {
+            name: score.compute()  # type: ignore[operator]
+            for name, score in zip(self.protocols, self.scores, strict=True)
+        }
+
+
+def _resize(x: Tensor, mask: Tensor) -> Tensor:
+    return F.interpolate(x.float(), size=mask.shape, mode="bilinear", align_corners=False)
+
+
+def _present_label(cam: Tensor, channels: Tensor, threshold: float) -> Tensor:
+    """CPL of CAMs (1, K, H, W) that hold the present classes alone, as labels 0..C."""
+    if channels.numel() == 0:
+        return torch.zeros_like(cam[:, :0].sum(1), dtype=torch.int64)
+    label = cam_pseudo_label(cam, threshold)
+    lookup = torch.cat([channels.new_zeros(1), channels + 1])
+    return lookup[label]

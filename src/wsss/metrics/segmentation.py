@@ -1,0 +1,116 @@
+"""IoU, precision, recall, confusion ratio and Dice from one confusion matrix."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class SegmentationScores(Metric):
+    """Scores over a whole set of masks, from one accumulated confusion matrix.
+
+    torchmetrics keeps and reduces the state; its own ``segmentation.MeanIoU`` averages over
+    images, which is not what this field reports.
+
+    Args:
+        num_classes: classes of the maps, background included (C + 1).
+        ignore_index: target value of pixels that are left out.
+        class_names: for the warning about absent classes.
+    """
+
+    full_state_update = False
+    matrix: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        class_names: tuple[str, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.class_names = class_names
+        self.add_state(
+            "matrix",
+            torch.zeros(num_classes, num_classes, dtype=torch.int64),
+            dist_reduce_fx="sum",
+        )
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count one or more masks.
+
+        Args:
+            prediction: integer map, any shape, values 0..num_classes-1.
+            target: same shape; 0..num_classes-1 or ``ignore_index``.
+
+        Raises:
+            ValueError: shapes differ, or a value is neither a class nor (targets) ignored.
+        """
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ: "
+                "resize the logits to the mask's size before the argmax."
+            )
+        keep = target != self.ignore_index
+        target, prediction = target[keep].long(), prediction[keep].long()
+        if target.numel() == 0:
+            return
+        for name, values in (("target", target), ("prediction", prediction)):
+            low, high = (int(v) for v in values.aminmax())
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(
+                    f"the {name} holds values from {low} to {high}; expected "
+                    f"0..{self.num_classes - 1} (targets also {self.ignore_index}): check the "
+                    "class list."
+                )
+        index = target * self.num_classes + prediction
+        counts = torch.bincount(index, minlength=self.num_classes**2)
+        self.matrix += counts.view(self.num_classes, self.num_classes)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Per-class tensors (num_classes,) and their means.
+
+        ``iou``, ``precision``, ``recall``, ``confusion_ratio`` (FP / TP) and ``dice``, with
+        ``miou`` and ``mean_*``. A class that neither targets nor predictions hold is NaN and
+        left out of the means; a warning names it. A class that is never right has no finite
+        confusion ratio and is left out of that mean alone.
+        """
+        matrix = self.matrix.double()
+        true_positive = matrix.diagonal()
+        false_positive = matrix.sum(0) - true_positive
+        false_negative = matrix.sum(1) - true_positive
+        union = true_positive + false_positive + false_negative
+        absent = union == 0
+        if bool(absent.any()):
+            names = [
+                self.class_names[i] if self.class_names else str(i)
+                for i in absent.nonzero().flatten().tolist()
+            ]
+            warnings.warn(
+                f"classes without a pixel in targets and predictions, left out of the means: "
+                f"{', '.join(names)}.",
+                stacklevel=2,
+            )
+
+        def ratio(above: Tensor, below: Tensor) -> Tensor:
+            return torch.where(absent, torch.nan, above / below)
+
+        scores = {
+            "iou": ratio(true_positive, union),
+            "precision": ratio(true_positive, (true_positive + false_positive).clamp(min=1)),
+            "recall": ratio(true_positive, (true_positive + false_negative).clamp(min=1)),
+            # A class that is predicted but never right has no finite ratio.
+            "confusion_ratio": ratio(false_positive, true_positive),
+            "dice": ratio(2 * true_positive, union + true_positive),
+        }
+        means = {
+            ("miou" if name == "iou" else f"mean_{name}"): value[torch.isfinite(value)].mean()
+            for name, value in scores.items()
+        }
+        return scores | means

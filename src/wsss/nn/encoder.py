@@ -1,0 +1,187 @@
+"""Encoders: any patch-based Vision Transformer of timm, on token grids of any shape."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from wsss.errors import UserError
+
+
+class ViTEncoder(nn.Module):
+    """A timm ViT that returns its final and an early feature map.
+
+    Args:
+        name: timm model name, e.g. ``vit_base_patch16_224``.
+        early_block: block whose tokens are the early features, counted from the end
+            (-3 is the 10th of 12) or from the start.
+        pretrained: load timm's own weights from the hub.
+        weights: a local ``.safetensors`` or ``.pth`` file of the same timm model; tensors only,
+            strict but for the unused classifier head.
+        **kwargs: for ``timm.create_model`` (``depth``, ``patch_size``, ``drop_path_rate`` ...).
+
+    Raises:
+        UserError: unknown model, a model without patch tokens, ``early_block`` out of range,
+            or weights that belong to another model.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        early_block: int = -3,
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.vit = _create(name, pretrained, **kwargs)
+        depth = len(self.vit.blocks)
+        if not -depth <= early_block < depth:
+            raise UserError(
+                f"backbone.early_block={early_block} is outside the {depth} blocks of '{name}': "
+                f"choose a value from {-depth} to {depth - 1}."
+            )
+        self.early_index = early_block % depth
+        self.dim: int = self.vit.embed_dim
+        self.patch_size: tuple[int, int] = tuple(self.vit.patch_embed.patch_size)
+        self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 1)
+        # Normalisation is the backbone's own: ViTs of timm differ (0.5/0.5, ImageNet, CLIP).
+        config = self.vit.pretrained_cfg
+        for key in ("mean", "std"):
+            value = torch.tensor(config[key], dtype=torch.float32).view(1, 3, 1, 1)
+            self.register_buffer(key, value, persistent=False)
+        if weights is not None:
+            load_backbone_weights(self.vit, name, Path(weights))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of RGB images in [0, 1].
+
+        Args:
+            images: (B, 3, H, W); sizes that the patch does not divide are padded by timm on the
+                right and below.
+
+        Returns:
+            Final features after the final norm, and the early block's features without it;
+            both (B, D, h, w) with h = ceil(H / patch), w = ceil(W / patch).
+        """
+        x = (images - self.mean) / self.std
+        grid = [
+            -(-size // patch) for size, patch in zip(x.shape[-2:], self.patch_size, strict=True)
+        ]
+        final, intermediates = self.vit.forward_intermediates(
+            x, indices=[self.early_index], norm=False, output_fmt="NLC"
+        )
+        final = final[:, self.num_prefix_tokens :]
+        return _to_grid(final, grid), _to_grid(intermediates[0], grid)
+
+
+def _to_grid(tokens: Tensor, grid: list[int]) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise UserError(f"backbone.name='{name}' is not a timm model.{hint}")
+    options = {"dynamic_img_size": True, "dynamic_img_pad": True} | kwargs
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except TypeError as error:
+        raise UserError(
+            f"backbone.name='{name}' does not take {sorted(options)} ({error}): "
+            "choose a plain ViT (vit_*, deit_*, eva02_*) and options that it has."
+        ) from error
+    missing = [
+        part
+        for part in ("blocks", "patch_embed", "forward_intermediates")
+        if not hasattr(vit, part)
+    ]
+    if missing:
+        raise UserError(
+            f"backbone.name='{name}' has no {', '.join(missing)}: CoSA needs a patch-based Vision "
+            "Transformer such as vit_base_patch16_224."
+        )
+    return vit
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` or ``torch.save`` file, without running any pickled code.
+
+    Raises:
+        UserError: no such file, or a file that holds something else than plain tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"No weights file at '{path}'. Check backbone.weights or the path given.")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"'{path}' is not a readable safetensors file ({error}).") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here: pickle, zip, runtime
+        raise UserError(
+            f"'{path}' cannot be read as a file of plain tensors ({error}). Files that need "
+            "pickled code are refused; save the state dict alone and try again."
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"'{path}' does not hold a state dict (names to tensors).")
+    return cast(dict[str, Tensor], state)
+
+
+def load_backbone_weights(vit: nn.Module, name: str, path: Path) -> None:
+    """Load a local weights file into a timm ViT, strictly.
+
+    The file's classifier head is dropped; position embeddings of another grid and patch
+    embeddings of another patch size are resampled by timm's own filter.
+
+    Raises:
+        UserError: the file's tensors are not those of model ``name``.
+    """
+    state = read_tensors(path)
+    own = vit.state_dict()
+    state = {
+        k: v for k, v in state.items() if not k.startswith(("head.", "fc_norm.", "head_dist."))
+    }
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    if "pos_embed" in state and "pos_embed" in own:
+        state = dict(checkpoint_filter_fn(state, cast(Any, vit), interpolation="bicubic"))
+    missing = sorted(set(own) - set(state))
+    extra = sorted(set(state) - set(own))
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if missing or extra or shapes:
+        raise UserError(
+            f"backbone.weights='{path}' is not a '{name}': "
+            f"{_some('missing', missing)}{_some('not expected', extra)}{_some('shape', shapes)}"
+            "Choose the backbone that the file was made for, or another file."
+        )
+    vit.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+
+
+def _some(what: str, names: list[str], shown: int = 3) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{what}: {', '.join(names[:shown])}{more}; "

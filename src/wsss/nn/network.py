@@ -1,0 +1,122 @@
+"""The network that online and assignment network share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wsss.nn.decoder import LargeFOV
+from wsss.nn.encoder import ViTEncoder
+
+
+class NetworkOutput(NamedTuple):
+    """What one forward pass gives; h x w is the token grid.
+
+    Attributes:
+        class_logits: (B, C) image-level logits from the final features (``Z``).
+        early_class_logits: (B, C), from the early features.
+        cam: (B, C, h, w) CAM logits of the final features (``M``).
+        early_cam: (B, C, h, w) CAM logits of the early features.
+        seg_logits: (B, C + 1, h, w) decoder logits (``S``), background first; None when the
+            decoder was not asked for.
+        features: (B, D, h, w) final patch features (``F``).
+    """
+
+    class_logits: Tensor
+    early_class_logits: Tensor
+    cam: Tensor
+    early_cam: Tensor
+    seg_logits: Tensor | None
+    features: Tensor
+
+
+class Classifier(nn.Module):
+    """Bias-free linear classifier on a feature map, read as CAM and as image logits.
+
+    ``M = W F`` and ``Z = W maxpool(F)``: the max is taken over the features, then the layer.
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (B, C) and CAM logits (B, C, h, w) of features (B, D, h, w)."""
+        class_logits = nn.functional.linear(features.amax(dim=(2, 3)), self.weight)
+        return class_logits, self.cam(features)
+
+    def cam(self, features: Tensor, detach: str = "none") -> Tensor:
+        """CAM logits (B, C, h, w), optionally without gradient into the features or the weight.
+
+        Args:
+            features: (B, D, h, w).
+            detach: ``none``, ``feature``, ``classifier`` or ``both`` (CoSA, Tab. 4a).
+        """
+        if detach in ("feature", "both"):
+            features = features.detach()
+        weight = self.weight.detach() if detach in ("classifier", "both") else self.weight
+        return nn.functional.conv2d(features, weight[:, :, None, None])
+
+
+class WSSSNetwork(nn.Module):
+    """Encoder, two classifiers and a decoder as one module with one typed output.
+
+    Args:
+        backbone: timm name of a patch-based ViT.
+        num_classes: foreground classes C; the decoder has C + 1 outputs.
+        early_block: block of the early features, see :class:`ViTEncoder`.
+        pretrained: hub weights for the encoder.
+        weights: local weights file for the encoder.
+        decoder: any module (B, D, h, w) -> (B, C + 1, h, w); None builds :class:`LargeFOV`.
+        **backbone_kwargs: for ``timm.create_model``.
+
+    Example:
+        >>> network = WSSSNetwork("vit_tiny_patch16_224", num_classes=20, depth=4, img_size=64)
+        >>> network(torch.rand(2, 3, 64, 96)).seg_logits.shape
+        torch.Size([2, 21, 4, 6])
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        early_block: int = -3,
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+        decoder: nn.Module | None = None,
+        **backbone_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.encoder = ViTEncoder(backbone, early_block, pretrained, weights, **backbone_kwargs)
+        dim = self.encoder.dim
+        self.classifier = Classifier(dim, num_classes)
+        self.early_classifier = Classifier(dim, num_classes)
+        self.decoder = LargeFOV(dim, num_classes + 1) if decoder is None else decoder
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return self.encoder.patch_size
+
+    def forward(self, images: Tensor, decode: bool = True) -> NetworkOutput:
+        """Run the network.
+
+        Args:
+            images: (B, 3, H, W) RGB in [0, 1]; normalised here with the backbone's own settings.
+            decode: False leaves the decoder out (``seg_logits`` is None).
+        """
+        features, early = self.encoder(images)
+        class_logits, cam = self.classifier(features)
+        early_class_logits, early_cam = self.early_classifier(early)
+        seg_logits = self.decoder(features) if decode else None
+        return NetworkOutput(class_logits, early_class_logits, cam, early_cam, seg_logits, features)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the classifiers and the decoder: those with the larger learning rate."""
+        heads = (self.classifier, self.early_classifier, self.decoder)
+        return [parameter for head in heads for parameter in head.parameters()]

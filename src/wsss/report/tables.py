@@ -1,0 +1,148 @@
+"""Scores of one run: as a file that other commands read, and as tables for the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from wsss.methods.base import Method
+
+#: protocols from the headline down; of a network's scores the first that exists is shown per class
+PROTOCOL_ORDER = (
+    "seg/miou_ms_flip",
+    "seg/miou_ss",
+    "seg_given_tags/miou_ms_flip",
+    "seg_given_tags/miou_ss",
+    "cpl/miou_ms_flip",
+    "cpl_early/miou_ms_flip",
+    "cpl_ensemble/miou_ms_flip",
+)
+
+
+def collect(method: Method, step: int | None = None) -> dict[str, Any]:
+    """All scores of a validated method, as plain containers.
+
+    The metrics keep what they computed at the end of validation, so this costs nothing, warns of
+    nothing twice, and may be called on one rank alone.
+
+    Args:
+        method: just validated.
+        step: optimizer steps of the weights; None takes the trainer's.
+
+    Returns:
+        ``name``, ``method``, ``seed`` and ``step`` of the run; ``classes``, background first;
+        ``scores``, mIoU in percent by full name; ``per_class``, IoU in percent by full name and
+        class; ``means`` over classes: precision and recall in percent, ``confusion_ratio`` FP / TP
+        as it is. A value that does not exist (class without a pixel) is None.
+    """
+    classes = ["background", *method.classes]
+    scores: dict[str, float | None] = {}
+    per_class: dict[str, dict[str, float | None]] = {}
+    means: dict[str, dict[str, float | None]] = {}
+    for network, by_protocol in method.compute_tables().items():
+        for protocol, value in by_protocol.items():
+            full = f"{network}/{protocol}"
+            scores[full] = _percent(value["miou"])
+            per_class[full] = {
+                name: _percent(iou) for name, iou in zip(classes, value["iou"], strict=True)
+            }
+            means[full] = {
+                "precision": _percent(value["mean_precision"]),
+                "recall": _percent(value["mean_recall"]),
+                "confusion_ratio": _rounded(value["mean_confusion_ratio"], 4),
+            }
+    return {
+        "name": method.run_config.get("name"),
+        "method": type(method).__name__.lower(),
+        "seed": method.run_config.get("seed"),
+        "step": method.global_step if step is None else step,
+        "classes": classes,
+        "scores": scores,
+        "means": means,
+        "per_class": per_class,
+    }
+
+
+def write_scores(path: Path, method: Method, step: int | None = None) -> None:
+    """Write :func:`collect` as JSON; the file is always whole, old or new."""
+    text = json.dumps(collect(method, step), indent=2, allow_nan=False)
+    write_whole(path, f"{text}\n".encode())
+
+
+def print_scores(method: Method, console: Console | None = None) -> None:
+    """Print networks by protocols, and the headline protocol by class."""
+    console = console or Console()
+    content = collect(method)
+    console.print(scores_table(content["scores"]))
+    console.print(class_table(content["per_class"]))
+
+
+def scores_table(scores: Mapping[str, float | None]) -> Table:
+    """Table with a row per protocol and a column per network, mIoU in percent."""
+    networks, protocols = _split_names(scores)
+    table = Table(title="mIoU (%)", title_justify="left")
+    table.add_column("protocol", no_wrap=True)
+    for network in networks:
+        table.add_column(network.upper(), justify="right")
+    for protocol in protocols:
+        table.add_row(protocol, *(number(scores.get(f"{n}/{protocol}")) for n in networks))
+    return table
+
+
+def class_table(per_class: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Table with a row per class: IoU in percent of every network, headline protocol."""
+    networks, protocols = _split_names(per_class)
+    table = Table(title_justify="left")
+    if not protocols:
+        return table
+    headline = protocols[0]
+    table.title = f"IoU (%), {headline}"
+    table.min_width = len(table.title) + 2  # rich would break the title
+    table.add_column("class", no_wrap=True)
+    columns = [n for n in networks if f"{n}/{headline}" in per_class]
+    for network in columns:
+        table.add_column(network.upper(), justify="right")
+    for name in per_class[f"{columns[0]}/{headline}"]:
+        table.add_row(name, *(number(per_class[f"{n}/{headline}"][name]) for n in columns))
+    return table
+
+
+def number(value: float | None) -> str:
+    """Two decimals; a dash where there is no value."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file next to its place and rename it there, so that it is never half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _split_names(names: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Networks and protocols of full names, protocols from the headline down."""
+    networks = list(dict.fromkeys(name.split("/", 1)[0] for name in names))
+    protocols = list(dict.fromkeys(name.split("/", 1)[1] for name in names))
+    known = [p for p in PROTOCOL_ORDER if p in protocols]
+    return networks, known + [p for p in protocols if p not in PROTOCOL_ORDER]
+
+
+def _percent(value: Tensor) -> float | None:
+    return _rounded(value * 100, 2)
+
+
+def _rounded(value: Tensor, digits: int) -> float | None:
+    plain = float(value)
+    return round(plain, digits) if math.isfinite(plain) else None

@@ -1,0 +1,212 @@
+"""Train a method: ``python -m wsss.train experiment=cosa_voc data.root=/data/VOC2012``.
+
+Writes into ``output_dir``: ``checkpoints/`` (last.ckpt, best.ckpt), ``metrics.csv``,
+``config.yaml``, ``pictures/`` and, at the end, ``scores.json``: every network under every protocol.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig, OmegaConf
+
+from wsss.build import build_data, build_method, build_network, method_class
+from wsss.callbacks.checkpoint import AtomicCheckpointIO, ResumableInterrupt
+from wsss.callbacks.pictures import PictureLogger
+from wsss.cli import hydra_command
+from wsss.errors import UserError
+from wsss.loggers import make_loggers
+from wsss.methods.base import Method, check_classes
+from wsss.progress import TrainProgress
+from wsss.report.tables import print_scores, write_scores
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
+    """Run one training from a composed configuration.
+
+    Args:
+        cfg: ``conf/train.yaml`` composed with an experiment.
+        output_dir: folder of this run; made when missing.
+
+    Returns:
+        Scores by full name, of the last weights (empty with ``evaluate=false``).
+
+    Raises:
+        UserError: a mistake in data, configuration or checkpoint, before the first step; or a
+            loss that is not finite, during training.
+    """
+    quiet_libraries()
+    check_writable(output_dir)
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+
+    data = build_data(cfg, load_masks=method_class(cfg).needs_masks)
+    try:
+        data.setup("fit")
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    checkpoint = find_checkpoint(cfg.ckpt, output_dir)
+    if checkpoint is not None:
+        check_classes(read_checkpoint(checkpoint), data.classes, str(checkpoint))
+    network = build_network(cfg, data.num_classes, load_weights=checkpoint is None)
+    method = build_method(cfg, network, data.classes)
+    trainer = make_trainer(cfg, method, output_dir)
+    if trainer.is_global_zero:
+        OmegaConf.save(OmegaConf.create(method.run_config), output_dir / "config.yaml")
+
+    trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if any(getattr(c, "interrupted", False) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        sys.exit(130)
+    trainer.save_checkpoint(output_dir / "checkpoints" / "last.ckpt", weights_only=False)
+    if not cfg.evaluate:
+        return {}
+    trainer.validate(method, datamodule=data, verbose=False)
+    scores = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+    if trainer.is_global_zero:
+        write_scores(output_dir / "scores.json", method)
+        print_scores(method)
+        rank_zero_info(f"Run folder: {output_dir}")
+    return {k: v for k, v in scores.items() if k.split("/")[0] in method.network_names}
+
+
+def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer:
+    """The Lightning trainer of ``cfg.trainer``, with callbacks, loggers and checkpoints."""
+    t = cfg.trainer
+    folder = output_dir / "checkpoints"
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            folder,
+            filename="last",
+            every_n_train_steps=t.save_every_n_steps,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        ),
+        ModelCheckpoint(
+            folder,
+            filename="best",
+            monitor=method.monitor,
+            mode="max",
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,
+        ),
+        ResumableInterrupt(folder / "last.ckpt"),
+        LearningRateMonitor("step"),
+    ]
+    if cfg.pictures:
+        callbacks.append(PictureLogger(output_dir / "pictures", cfg.pictures))
+    if t.progress:
+        callbacks.append(TrainProgress())
+    accumulate = t.accumulate_grad_batches
+    every = t.val_every_n_steps
+    trainer = L.Trainer(
+        max_steps=t.max_steps,
+        accelerator=t.accelerator,
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        strategy=t.strategy,
+        precision=t.precision,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=t.gradient_clip_val,
+        log_every_n_steps=t.log_every_n_steps,
+        # The whole run is one Lightning epoch; validation is counted in micro-batches there.
+        val_check_interval=every * accumulate if every else None,
+        check_val_every_n_epoch=None if every else sys.maxsize,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=bool(t.progress),
+        enable_model_summary=False,
+        callbacks=callbacks,
+        logger=make_loggers(cfg, output_dir),
+        default_root_dir=output_dir,
+        plugins=[AtomicCheckpointIO()],
+    )
+    return trainer
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and prove that a file can be written there.
+
+    Raises:
+        UserError: it cannot.
+    """
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"output_dir='{folder}' cannot be written ({error.strerror}). Choose another folder "
+            "with output_dir=..."
+        ) from error
+
+
+def find_checkpoint(ckpt: str | None, output_dir: Path) -> Path | None:
+    """The file that ``ckpt=`` means; ``last`` is the run folder's own, if it exists.
+
+    Raises:
+        UserError: no such file.
+    """
+    if ckpt is None:
+        return None
+    if ckpt == "last":
+        path = output_dir / "checkpoints" / "last.ckpt"
+        return path if path.exists() else None
+    path = Path(ckpt)
+    if not path.is_file():
+        near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        hint = f" There are: {', '.join(p.name for p in near)}." if near else ""
+        raise UserError(f"ckpt='{ckpt}': no such file.{hint}")
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content: tensors and plain containers only.
+
+    Raises:
+        UserError: the file cannot be read so.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here: pickle, zip, runtime
+        raise UserError(
+            f"'{path}' cannot be read as a checkpoint ({str(error).splitlines()[0]}). It may be "
+            "cut off or of another program; take another one, for example best.ckpt."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' is not a checkpoint of wsss.")
+    return content
+
+
+def quiet_libraries() -> None:
+    """Silence hints that do not concern users of this library."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+
+
+def main() -> None:
+    """Console entry point."""
+    hydra_command("train", lambda cfg: train(cfg, Path(HydraConfig.get().runtime.output_dir)))
+
+
+if __name__ == "__main__":
+    main()

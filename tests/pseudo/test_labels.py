@@ -1,0 +1,121 @@
+"""CPL (eq. 3), the two-threshold label and SPL (eq. 7) against their oracles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.oracle import labels as oracle
+from wsss.pseudo import cam_pseudo_label, segmentation_pseudo_label, two_threshold_label
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+SIZES = {"square": (2, 3, 4, 4), "non_square": (2, 3, 2, 7), "one_pixel": (1, 3, 1, 1),
+         "one_class": (2, 1, 3, 3)}  # fmt: skip
+
+
+def _cam(size: str, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(SIZES[size], generator=generator, dtype=torch.float64)
+
+
+def _valid(shape: torch.Size) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(9)) < 0.6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threshold", [0.15, 0.5, 0.9])
+@pytest.mark.parametrize("size", SIZES)
+def test_cpl(size: str, threshold: float, dtype: torch.dtype) -> None:
+    cam = _cam(size).to(dtype)
+    valid = _valid(cam[:, 0].shape)
+    for keep in (None, valid):
+        expected = oracle.cam_pseudo_label(cam, threshold, keep)
+        found = cam_pseudo_label(cam, threshold, keep)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, expected)
+        assert torch.equal(cam_pseudo_label(cam, torch.tensor(threshold), keep), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("low", "high"), [(0.25, 0.7), (0.6, 0.9), (0.5, 0.5)])
+@pytest.mark.parametrize("size", SIZES)
+def test_two_thresholds(size: str, low: float, high: float, dtype: torch.dtype) -> None:
+    cam = _cam(size, seed=1).to(dtype)
+    for keep in (None, _valid(cam[:, 0].shape)):
+        found = two_threshold_label(cam, low, high, keep)
+        assert torch.equal(found, oracle.two_threshold(cam, low, high, keep))
+
+
+def test_the_thresholds_themselves_belong_to_the_upper_side() -> None:
+    cam = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.75, 1.0]).view(1, 1, 1, 6)
+    assert cam_pseudo_label(cam, 0.5).flatten().tolist() == [0, 0, 0, 1, 1, 1]
+    assert two_threshold_label(cam, 0.25, 0.75).flatten().tolist() == [0, 0, 255, 255, 1, 1]
+
+
+def test_one_threshold_leaves_no_band() -> None:
+    cam = _cam("square")
+    assert torch.equal(two_threshold_label(cam, 0.5, 0.5), cam_pseudo_label(cam, 0.5))
+
+
+def test_no_foreground_is_all_background() -> None:
+    assert not cam_pseudo_label(torch.zeros(2, 3, 4, 5), 0.1).any()
+
+
+def test_every_class_can_be_found() -> None:
+    cam = torch.eye(4).view(1, 4, 1, 4)
+    assert cam_pseudo_label(cam, 0.5).flatten().tolist() == [1, 2, 3, 4]
+
+
+def test_all_invalid_is_all_ignored() -> None:
+    cam = _cam("square")
+    found = cam_pseudo_label(cam, 0.5, torch.zeros(2, 4, 4, dtype=torch.bool))
+    assert (found == 255).all()
+
+
+LABELS = {
+    "mixed": [[1, 0, 1], [0, 1, 0]],
+    "none": [[0, 0, 0], [0, 0, 0]],
+    "all": [[1, 1, 1], [1, 1, 1]],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("case", LABELS)
+def test_spl(case: str, temperature: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.tensor(LABELS[case], dtype=torch.float32)
+    expected = oracle.segmentation_pseudo_label(logits.double(), labels, temperature)
+    found = segmentation_pseudo_label(logits, labels, temperature)
+    # bfloat16 logits divided by 0.01 need float32 arithmetic, hence no own tolerance for them
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.double().sum(1), torch.ones(2, 3, 5, dtype=torch.float64))
+
+
+def test_spl_of_an_image_without_objects_is_background() -> None:
+    found = segmentation_pseudo_label(torch.randn(1, 4, 2, 2), torch.zeros(1, 3))
+    assert torch.equal(found[:, 0], torch.ones(1, 2, 2))
+    assert not found[:, 1:].any()
+
+
+def test_spl_of_constant_logits_is_uniform_over_the_kept_channels() -> None:
+    found = segmentation_pseudo_label(torch.full((1, 4, 2, 2), 7.0), torch.tensor([[1.0, 0, 1]]))
+    expected = torch.tensor([1 / 3, 1 / 3, 0, 1 / 3]).view(1, 4, 1, 1).expand(1, 4, 2, 2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_spl_does_not_see_absent_channels() -> None:
+    logits, labels = torch.randn(1, 4, 2, 2), torch.tensor([[0.0, 1.0, 0.0]])
+    other = logits.clone()
+    other[:, [1, 3]] = 1e6
+    torch.testing.assert_close(
+        segmentation_pseudo_label(other, labels), segmentation_pseudo_label(logits, labels)
+    )
+
+
+def test_spl_refuses_a_wrong_number_of_classes() -> None:
+    with pytest.raises(ValueError, match="4 channels"):
+        segmentation_pseudo_label(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4))
