@@ -26,8 +26,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 demo: install  ## train CoSA, its lower and its upper bound on generated images; table and pictures
-	$(BIN)/wsss train experiment=cosa_shapes seed=$(SEED) output_dir=$(DEMO)/supervised method=supervised
-	$(BIN)/wsss train experiment=cosa_shapes seed=$(SEED) output_dir=$(DEMO)/cam method=cam
+	$(BIN)/wsss train experiment=shapes method=supervised seed=$(SEED) output_dir=$(DEMO)/supervised
+	$(BIN)/wsss train experiment=shapes method=cam seed=$(SEED) output_dir=$(DEMO)/cam
 	$(BIN)/wsss train experiment=cosa_shapes seed=$(SEED) output_dir=$(DEMO)/cosa
 	$(BIN)/wsss report 'runs=[$(DEMO)/supervised,$(DEMO)/cam,$(DEMO)/cosa]' output=$(DEMO)/report
 

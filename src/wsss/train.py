@@ -16,7 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
@@ -104,7 +104,6 @@ def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer
             save_on_train_epoch_end=False,
         ),
         ResumableInterrupt(folder / "last.ckpt"),
-        LearningRateMonitor("step"),
     ]
     if cfg.pictures:
         callbacks.append(PictureLogger(output_dir / "pictures", cfg.pictures))

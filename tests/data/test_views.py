@@ -343,3 +343,27 @@ def test_shrinking_averages() -> None:
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         TwoViews(**arguments)
+
+
+EXTRA = [{"name": "GaussNoise", "p": 1.0, "std_range": [0.1, 0.2]}, {"name": "ToGray", "p": 0.5}]
+
+
+def test_albumentations_change_the_strong_view_alone() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    plain = TwoViews(crop_size=32, appearance=["identity"])
+    more = TwoViews(crop_size=32, appearance=["identity"], extra=EXTRA)
+    a = plain(image, np.random.default_rng(1))
+    b, again = (more(image, np.random.default_rng(1)) for _ in range(2))
+    assert np.array_equal(a.weak, b.weak)
+    assert not np.array_equal(a.strong, b.strong)
+    assert np.array_equal(b.strong, again.strong)  # the sample's generator decides
+    assert not b.strong[~b.valid].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("GausNoise", "Did you mean 'GaussNoise'"), ("Rotate", "moves pixels"), ("Compose", "has no")],
+)
+def test_unfit_albumentations_are_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TwoViews(extra=[{"name": name}])

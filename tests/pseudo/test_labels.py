@@ -119,3 +119,13 @@ def test_spl_does_not_see_absent_channels() -> None:
 def test_spl_refuses_a_wrong_number_of_classes() -> None:
     with pytest.raises(ValueError, match="4 channels"):
         segmentation_pseudo_label(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4))
+
+
+def test_labels_only_make_the_cam_pseudo_label_faster() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([[1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 0]], dtype=torch.float32)
+    cam = torch.rand(3, 5, 6, 7, generator=generator).round(decimals=1) * labels[:, :, None, None]
+    valid = torch.rand(3, 6, 7, generator=generator) > 0.2
+    for threshold in (0.05, 0.5, 0.9):
+        expected = cam_pseudo_label(cam, threshold, valid)
+        assert torch.equal(cam_pseudo_label(cam, threshold, valid, labels), expected)

@@ -7,9 +7,10 @@ the strong chain is the weak chain, blur included, followed by ``OneOf(TransAppe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -137,6 +138,9 @@ class TwoViews:
             views share it.
         appearance: transforms to draw from, uniformly, for the strong view. ``["identity"]``
             makes both views equal.
+        extra: more appearance transforms for the strong view, from albumentations: mappings with
+            its ``name`` and arguments, e.g. ``{"name": "GaussNoise", "p": 0.5}``. Only
+            transforms that leave geometry alone are taken.
 
     Raises:
         UserError: a size, range, probability or name that cannot be.
@@ -156,6 +160,7 @@ class TwoViews:
         flip: float = 0.5,
         blur: float = 0.5,
         appearance: Sequence[str] = APPEARANCE,
+        extra: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
         if len(size) != 2 or min(size) < 1:
@@ -177,6 +182,7 @@ class TwoViews:
         self.flip = float(flip)
         self.blur = float(blur)
         self.appearance = tuple(appearance)
+        self.extra = _albumentations(extra) if extra else None
 
     def __call__(
         self,
@@ -190,7 +196,7 @@ class TwoViews:
             image: (H, W, 3) uint8 RGB.
             rng: the sample's own generator. Eight uniform numbers are drawn, whatever they are
                 used for: scale, flip, vertical place, horizontal place, blur or not, blur sigma,
-                appearance transform, its strength.
+                appearance transform, its strength; with ``extra`` a seed for it after them.
             mask: (H, W) uint8 class mask to take along, or None.
         """
         draws = [float(u) for u in rng.random(8)]
@@ -212,6 +218,9 @@ class TwoViews:
             part = np.asarray(cv2.GaussianBlur(part, (0, 0), sigma), np.uint8)
         name = self.appearance[int(draws[6] * len(self.appearance))]
         changed = apply_appearance(part, name, draws[7])
+        if self.extra is not None:
+            self.extra.set_random_seed(int(rng.integers(2**31)))
+            changed = np.asarray(self.extra(image=changed)["image"], np.uint8)
 
         inside = (rows.target, columns.target)
         weak = np.zeros((*self.crop_size, 3), np.uint8)
@@ -225,6 +234,29 @@ class TwoViews:
             crop_mask = np.full(self.crop_size, VOID, np.uint8)
             crop_mask[inside] = cut(resize_mask(mask, height, width))
         return ViewPair(weak, strong, valid, crop_mask)
+
+
+def _albumentations(extra: Sequence[Mapping[str, Any]]) -> Any:
+    """Compose albumentations transforms by name, those alone that leave geometry as it is."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask the network at import
+    import albumentations
+
+    transforms = []
+    for entry in extra:
+        options = dict(entry)
+        name = str(options.pop("name", ""))
+        kind = getattr(albumentations, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, albumentations.BasicTransform)):
+            near = get_close_matches(name, dir(albumentations), n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"view.extra: albumentations has no transform '{name}'.{hint}")
+        if not issubclass(kind, albumentations.ImageOnlyTransform):
+            raise UserError(
+                f"view.extra: '{name}' moves pixels, and both views must share their geometry. "
+                "Choose a transform of appearance."
+            )
+        transforms.append(kind(**options))
+    return albumentations.Compose(transforms)
 
 
 class _Placement(NamedTuple):

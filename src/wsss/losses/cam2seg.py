@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wsss.distributed import normalised_sum
 from wsss.pseudo.labels import IGNORE_INDEX
+from wsss.resize import resize_small
 
 
 def upsample_logits(seg_logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear upsampling in float32 (float64 stays), align_corners=False."""
     if seg_logits.dtype != torch.float64:
         seg_logits = seg_logits.float()
-    if seg_logits.shape[-2:] == size:
-        return seg_logits
-    return F.interpolate(seg_logits, size=size, mode="bilinear", align_corners=False)
+    return resize_small(seg_logits, *size)
 
 
 def cam2seg_loss(
-    seg_logits: Tensor, label: Tensor, weight: Tensor | None = None, balanced: bool = False
+    seg_logits: Tensor,
+    label: Tensor,
+    weight: Tensor | None = None,
+    balanced: bool = False,
+    log_normaliser: Tensor | None = None,
 ) -> Tensor:
     """Weighted per-pixel cross-entropy against the CAM pseudo-label (CoSA, eq. 5).
 
@@ -28,20 +30,30 @@ def cam2seg_loss(
         seg_logits: (B, C + 1, h, w), upsampled to the label's size when smaller.
         label: (B, H, W), 0..C and 255 for pixels that are left out.
         weight: (B, H, W), the RAW weight; None weighs all pixels alike.
-        balanced: mean over background and mean over foreground pixels, half each, instead of
-            the mean over all; a side without pixels counts 0.
+        balanced: weighted mean over background and weighted mean over foreground pixels, half
+            each, instead of the mean over all; a side without pixels counts 0. Each side is
+            divided by its own sum of weights: RAW weighs pixels inside a side, and cannot tip
+            the balance between the two.
+        log_normaliser: (B, H, W) ``logsumexp`` over the classes of logits that already have the
+            label's size, when two losses share it; None computes it.
 
     Returns:
         0-dimensional float tensor; 0 with a zero gradient when every pixel is left out.
     """
     logits = upsample_logits(seg_logits, (label.shape[-2], label.shape[-1]))
-    pixel_loss = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="none")
-    if weight is not None:
-        pixel_loss = pixel_loss * weight.detach()
+    if log_normaliser is None:
+        log_normaliser = logits.logsumexp(1)
+    counted = label != IGNORE_INDEX
+    target = label.where(counted, 0)
+    pixel_loss = log_normaliser - logits.gather(1, target[:, None])[:, 0]
+    pixel_loss = pixel_loss * (counted if weight is None else weight.detach() * counted)
     if not balanced:
-        return normalised_sum(pixel_loss.sum(), (label != IGNORE_INDEX).sum())
-    background = label == 0
-    foreground = ~background & (label != IGNORE_INDEX)
+        return normalised_sum(pixel_loss.sum(), counted.sum())
+    background = counted & (label == 0)
+    foreground = counted & (label != 0)
+    mass = torch.ones_like(pixel_loss) if weight is None else weight.detach().to(pixel_loss.dtype)
     sides = torch.stack([background, foreground])
-    means = normalised_sum((pixel_loss * sides).flatten(1).sum(1), sides.flatten(1).sum(1))
+    means = normalised_sum(
+        (pixel_loss * sides).flatten(1).sum(1), (mass * sides).flatten(1).sum(1), least=1e-6
+    )
     return 0.5 * means.sum()

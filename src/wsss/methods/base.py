@@ -116,6 +116,7 @@ class Method(L.LightningModule):
         self._check_finite(terms)
         for name, term in terms.items():
             self.log(f"loss/{name}", term.detach(), batch_size=len(batch.names))
+        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.log("loss/total", total.detach(), prog_bar=True, batch_size=len(batch.names))
         return total
 
@@ -157,7 +158,7 @@ class Method(L.LightningModule):
             },
         ]
         optimizer = torch.optim.AdamW(
-            groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+            groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
         )
         total = self.trainer.max_steps
 

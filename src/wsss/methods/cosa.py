@@ -23,7 +23,7 @@ from wsss.losses import (
 )
 from wsss.losses.cam2seg import upsample_logits
 from wsss.methods.base import Method
-from wsss.nn import WSSSNetwork
+from wsss.nn import NetworkOutput, WSSSNetwork
 from wsss.pseudo import (
     DynamicThreshold,
     FixedThreshold,
@@ -34,6 +34,15 @@ from wsss.pseudo import (
     reliability_weight,
     segmentation_pseudo_label,
 )
+
+
+class Confidences(NamedTuple):
+    """Largest activation of each pixel (B, H, W) and the 0-dimensional threshold it is cut at."""
+
+    nu: Tensor
+    xi: Tensor
+    early_nu: Tensor
+    early_xi: Tensor
 
 
 class PseudoLabels(NamedTuple):
@@ -184,20 +193,27 @@ class CoSA(Method):
                 self.update_thresholds(self.assign(batch, decode=False), batch.valid)
             return self._warmup_losses(batch)
 
-        pseudo = self.pseudo_labels(batch)
-        output = self.network(batch.strong)
+        assigned = self.assign(batch)
+        pseudo = self.label(assigned, self.update_thresholds(assigned, batch.valid), batch)
+        return self.co_training(self.network(batch.strong), pseudo, batch)
+
+    def co_training(
+        self, output: NetworkOutput, pseudo: PseudoLabels, batch: Batch
+    ) -> dict[str, Tensor]:
+        """All terms of eq. 11 from ON's output and AN's labels."""
         assert output.seg_logits is not None
         size = (batch.valid.shape[-2], batch.valid.shape[-1])
-        seg_logits = upsample_logits(output.seg_logits, size)  # shared by both CAM2Seg terms
+        seg_logits = upsample_logits(output.seg_logits, size)
+        shared = seg_logits.logsumexp(1)  # of both CAM2Seg terms
         cam = output.cam
         if self.detach != "none":
             cam = self.network.classifier.cam(output.features, self.detach)
         return {
             "cls": classification_loss(output.class_logits, batch.labels),
             "cls_early": classification_loss(output.early_class_logits, batch.labels),
-            "c2s": cam2seg_loss(seg_logits, pseudo.cpl, pseudo.weight, self.balanced),
+            "c2s": cam2seg_loss(seg_logits, pseudo.cpl, pseudo.weight, self.balanced, shared),
             "c2s_early": cam2seg_loss(
-                seg_logits, pseudo.early_cpl, pseudo.early_weight, self.balanced
+                seg_logits, pseudo.early_cpl, pseudo.early_weight, self.balanced, shared
             ),
             "s2c": seg2cam_loss(cam, pseudo.spl, self.s2c_relu),
             "csc": self._contrastive_separation(output.cam, pseudo, batch),
@@ -223,25 +239,24 @@ class CoSA(Method):
         )
 
     @torch.no_grad()
-    def update_thresholds(
-        self, assigned: MultiScaleOutput, valid: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Confidences and thresholds of final and early CAMs: ``nu, xi, nu_early, xi_early``."""
+    def update_thresholds(self, assigned: MultiScaleOutput, valid: Tensor) -> Confidences:
+        """Enqueue what AN says and follow it with both thresholds."""
         confidence = assigned.cam.amax(1)
         early_confidence = assigned.early_cam.amax(1)
         threshold = self.threshold.update(confidence, valid)  # type: ignore[operator]
         early = self.early_threshold.update(early_confidence, valid)  # type: ignore[operator]
         self.log("threshold/cam", threshold, prog_bar=True, batch_size=1)
         self.log("threshold/early_cam", early, batch_size=1)
-        return confidence, threshold, early_confidence, early
+        return Confidences(confidence, threshold, early_confidence, early)
 
     @torch.no_grad()
-    def pseudo_labels(self, batch: Batch) -> PseudoLabels:
-        """Run AN on the weak view and turn what it says into labels and weights for ON."""
-        assigned = self.assign(batch)
+    def label(
+        self, assigned: MultiScaleOutput, confidences: Confidences, batch: Batch
+    ) -> PseudoLabels:
+        """Turn what AN says into labels and weights for ON."""
         assert assigned.seg_logits is not None
         valid = batch.valid
-        nu, xi, early_nu, early_xi = self.update_thresholds(assigned, valid)
+        nu, xi, early_nu, early_xi = confidences
 
         def weight(confidence: Tensor, threshold: Tensor) -> Tensor | None:
             if not self.raw:
@@ -251,9 +266,9 @@ class CoSA(Method):
             )
 
         return PseudoLabels(
-            cpl=cam_pseudo_label(assigned.cam, xi, valid),
+            cpl=cam_pseudo_label(assigned.cam, xi, valid, batch.labels),
             weight=weight(nu, xi),
-            early_cpl=cam_pseudo_label(assigned.early_cam, early_xi, valid),
+            early_cpl=cam_pseudo_label(assigned.early_cam, early_xi, valid, batch.labels),
             early_weight=weight(early_nu, early_xi),
             spl=segmentation_pseudo_label(assigned.seg_logits, batch.labels, self.spl_temperature),
             early_cam=assigned.early_cam,

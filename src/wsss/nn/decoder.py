@@ -31,7 +31,9 @@ class LargeFOV(nn.Module):
         self.classifier = nn.Conv2d(width, out_channels, 1, bias=False)
         for layer in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        nn.init.normal_(self.classifier.weight, std=0.01)
+        # Equal logits for all classes at the start: a softmax of them says nothing yet. Random
+        # ones would be hard labels under CoSA's SPL temperature of 0.01.
+        nn.init.zeros_(self.classifier.weight)
 
     def forward(self, features: Tensor) -> Tensor:
         x = F.relu(self.conv1(features))

@@ -1,0 +1,51 @@
+"""Bilinear resizing of small maps as two matrix products.
+
+``align_corners=False``, without antialiasing: what ``torch.nn.functional.interpolate`` computes.
+Its backward is the most expensive part of CoSA's losses on a CPU, and not deterministic on a GPU;
+two small matrices do the same in a tenth of the time.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def bilinear_taps(size: int, target: int) -> tuple[Tensor, Tensor]:
+    """The two source positions of each target position and the weight of the second.
+
+    Returns:
+        positions (target, 2) int64 and weight (target,) float64, on the CPU.
+    """
+    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * (size / target) - 0.5
+    centre = centre.clamp(min=0)
+    first = centre.floor().long().clamp(max=size - 1)
+    second = (first + 1).clamp(max=size - 1)
+    return torch.stack([first, second], dim=1), centre - first
+
+
+@lru_cache(maxsize=64)
+def bilinear_matrix(size: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(target, size) matrix that resizes one axis."""
+    positions, weight = bilinear_taps(size, target)
+    matrix = torch.zeros(target, size, dtype=torch.float64)
+    matrix.scatter_add_(1, positions, torch.stack([1 - weight, weight], dim=1))
+    return matrix.to(device=device, dtype=dtype)
+
+
+def resize_small(x: Tensor, height: int, width: int) -> Tensor:
+    """Resize (..., h, w) maps with small h and w to (..., height, width).
+
+    Args:
+        x: float32 or float64; computed in its own precision, also under autocast.
+    """
+    if x.shape[-2:] == (height, width):
+        return x
+    rows = bilinear_matrix(x.shape[-2], height, x.dtype, x.device)
+    columns = bilinear_matrix(x.shape[-1], width, x.dtype, x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        # The wide axis last: the large result is written once.
+        return torch.matmul(torch.matmul(rows, x), columns.T)

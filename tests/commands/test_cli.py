@@ -1,0 +1,87 @@
+"""Configuration: every experiment composes, and mistakes name the nearest right key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import Run, compose
+from wsss.build import build_method, build_network, method_class
+from wsss.cli import check_overrides, config_dir
+
+EXPERIMENTS = sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_instantiates(name: str) -> None:
+    # The encoder is cut to one block: what counts is that keys and constructors agree.
+    cfg = compose(
+        "train",
+        [
+            f"experiment={name}",
+            "data.root=/data",
+            "backbone.pretrained=false",
+            "backbone.early_block=-1",
+            "+backbone.options.depth=1" if "shapes" not in name else "backbone.options.depth=1",
+        ],
+    )
+    network = build_network(cfg, 3)
+    method = build_method(cfg, network, ("a", "b", "c"))
+    assert isinstance(method, method_class(cfg))
+    assert method.monitor.split("/")[0] in method.network_names
+
+
+def test_papers_settings() -> None:
+    voc = compose("train", ["experiment=cosa_voc", "data.root=/data"])
+    assert (voc.trainer.max_steps, voc.method.loss_warmup_steps, voc.data.batch_size) == (
+        20000,
+        6000,
+        4,
+    )
+    assert (voc.method.lr, voc.method.weight_decay, voc.method.head_lr_factor) == (6e-5, 0.01, 10)
+    assert (voc.method.warmup_steps, voc.method.warmup_ratio, voc.method.power) == (1500, 1e-6, 0.9)
+    assert voc.method.momentum == 0.9994
+    assert (voc.method.c2s_weight, voc.method.s2c_weight, voc.method.csc_weight) == (0.1, 0.05, 0.1)
+    assert (voc.view.crop_size, list(voc.view.scale)) == (448, [0.5, 2.0])
+    coco = compose("train", ["experiment=cosa_coco", "data.root=/data"])
+    assert (coco.trainer.max_steps, coco.method.loss_warmup_steps, coco.data.batch_size) == (
+        40000,
+        10000,
+        8,
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("method.momentm=0.9", "Did you mean 'method.momentum'"),
+        ("momentum=0.9", "Did you mean 'method.momentum'"),
+        ("method=coza", "Did you mean 'cosa'"),
+        ("experiment=cosa_vok", "Did you mean 'cosa_voc'"),
+        ("trainer.max_step=3", "Did you mean 'trainer.max_steps'"),
+    ],
+)
+def test_typos_name_the_nearest_key(
+    override: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        check_overrides("train", [override])
+    assert stop.value.code == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_sweeps_and_right_overrides_pass() -> None:
+    check_overrides("train", ["-m", "experiment=cosa_shapes", "method.momentum=0.99,0.995"])
+    check_overrides("train", ["seed=range(0,3)", "data.root=/somewhere", "method=cosa,cam"])
+
+
+def test_mistakes_end_with_code_2_and_no_traceback(run: Run, tmp_path: Path) -> None:
+    done = run("train", "experiment=cosa_voc", code=2)
+    assert "data.root is not set" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_commands(run: Run) -> None:
+    assert "evaluate" in run("__main__", "--help").stdout
+    assert "data.root" in run("train", "--help").stdout

@@ -1,0 +1,234 @@
+"""Training through the real command line: run, evaluate, resume, two processes, interruptions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands.conftest import Run, command_environment, compose
+from wsss.errors import UserError
+from wsss.methods import CoSA
+from wsss.train import train
+
+
+def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    """State of the method in a run's checkpoint: both networks and the thresholds."""
+    content = torch.load(folder / "checkpoints" / name, weights_only=True)
+    state: dict[str, torch.Tensor] = content["state_dict"]
+    return state
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=atol, rtol=0, equal_nan=True, msg=key)
+
+
+def test_train_then_evaluate_gives_the_same_scores(
+    run: Run, tiny: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    printed = run("train", *tiny, f"output_dir={out}", "trainer.val_every_n_steps=3", "pictures=2")
+    assert "seg/miou_ms_flip" in printed.stdout
+    for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "scores.json", "config.yaml"):
+        assert (out / name).is_file(), name
+    assert sorted(p.name for p in (out / "pictures").iterdir()) == [
+        "step_000003.png",
+        "step_000005.png",
+    ]
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["step"] == 5
+    protocols = {name.split("/", 1)[1] for name in scores["scores"]}
+    assert {"seg/miou_ss", "seg/miou_ms_flip", "seg_given_tags/miou_ms_flip"} <= protocols
+    assert {"cpl/miou_ms_flip", "cpl_early/miou_ms_flip"} <= protocols
+
+    again = tmp_path / "again"
+    run(
+        "evaluate",
+        f"checkpoint={out}/checkpoints/last.ckpt",
+        f"output_dir={again}",
+        "threads=1",
+        "accelerator=cpu",
+    )
+    assert json.loads((again / "scores.json").read_text())["scores"] == scores["scores"]
+
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert any(row.get("an/seg/miou_ms_flip") for row in rows)
+
+
+@pytest.mark.parametrize("method", ["cam", "supervised"])
+def test_bounds_train(method: str, tiny: list[str], tmp_path: Path) -> None:
+    own = ("method.loss_warmup", "method.threshold", "experiment=")
+    overrides = ["experiment=shapes", f"method={method}"]
+    overrides += [o for o in tiny if not o.startswith(own)]
+    scores = train(compose("train", overrides), tmp_path)
+    expected = "on/cpl/miou_ms_flip" if method == "cam" else "on/seg/miou_ms_flip"
+    assert expected in scores
+    assert not any(name.startswith("on/seg" if method == "cam" else "on/cpl") for name in scores)
+
+
+def test_killed_run_resumes_bit_for_bit(tiny: list[str], tmp_path: Path) -> None:
+    steps = ["trainer.max_steps=30", "trainer.save_every_n_steps=2", "evaluate=false"]
+    train(compose("train", [*tiny, *steps]), tmp_path / "whole")
+
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wsss.train", *tiny, *steps, f"output_dir={out}"],
+        cwd=tmp_path,
+        env=command_environment(),
+    )
+    last = out / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 200
+    while not last.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # Whatever step that was: the file is whole, and the run goes on from it.
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < step < 30
+    train(compose("train", [*tiny, *steps, "ckpt=last"]), out)
+    assert_same(weights(tmp_path / "whole"), weights(out))
+
+
+def test_two_processes_equal_one(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    more = ["evaluate=true", "trainer.max_steps=5", "method.threshold_fill_steps=1"]
+    one = train(compose("train", [*tiny, *more]), tmp_path / "one")
+    run(
+        "train",
+        *tiny,
+        *more,
+        f"output_dir={tmp_path / 'two'}",
+        "trainer.devices=2",
+        "trainer.strategy=ddp",
+    )
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert float(a["threshold.value"]) != 0.5  # it has moved
+    assert_same(a, b, atol=1e-5)
+    two = json.loads((tmp_path / "two" / "scores.json").read_text())["scores"]
+    for name, value in one.items():
+        assert two[name] == pytest.approx(100 * value, abs=0.02), name
+
+
+def test_accumulation_steps_the_moving_average_once(tiny: list[str], tmp_path: Path) -> None:
+    # Warm-up only: its losses are means over images, so two halves equal one whole batch.
+    more = ["method.loss_warmup_steps=5", "method.threshold_fill_steps=0", "evaluate=false"]
+    train(compose("train", [*tiny, *more]), tmp_path / "one")
+    accumulate = ["trainer.accumulate_grad_batches=2"]
+    train(compose("train", [*tiny, *more, *accumulate]), tmp_path / "two")
+    assert_same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=1e-6)
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tiny: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "wsss.train", *tiny, f"output_dir={out}"),
+            *("trainer.max_steps=5000", "trainer.save_every_n_steps=1000"),
+        ],
+        cwd=tmp_path,
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = out / "config.yaml"
+    deadline = time.monotonic() + 200
+    while not metrics.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 130, printed
+    assert "ckpt=" in printed
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
+
+
+def test_sweep_leaves_runs_side_by_side(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    few = [o for o in tiny if not o.startswith("trainer.max_steps")]
+    run("train", "-m", *few, "method.momentum=0.99,0.995", "trainer.max_steps=3", "evaluate=false")
+    runs = sorted((tmp_path / "outputs").rglob("last.ckpt"))
+    assert len(runs) == 2
+    momenta = [
+        torch.load(path, weights_only=True)["wsss"]["config"]["method"]["momentum"] for path in runs
+    ]
+    assert momenta == [0.99, 0.995]
+
+
+def test_nan_loss_names_the_term_and_keeps_the_checkpoint(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = CoSA.losses
+
+    def losses(self: CoSA, batch: object) -> dict[str, torch.Tensor]:
+        terms = original(self, batch)  # type: ignore[arg-type]
+        if self.trainer.global_step == 4:
+            terms["s2c"] = terms["s2c"] * float("nan")
+        return terms
+
+    monkeypatch.setattr(CoSA, "losses", losses)
+    with pytest.raises(UserError, match=r"loss/s2c is nan at step 4"):
+        train(compose("train", [*tiny, "trainer.save_every_n_steps=2"]), tmp_path)
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 4
+    assert all(v.isfinite().all() for k, v in content["state_dict"].items() if "network" in k)
+
+
+def test_checkpoint_of_other_classes_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    train(compose("train", [*tiny, "evaluate=false"]), tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["wsss"]["classes"] = content["wsss"]["classes"][:-1]
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"last\.ckpt' was trained with 9 classes.*has 10"):
+        train(compose("train", [*tiny, f"ckpt={path}"]), tmp_path / "again")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_output_folder(tiny: list[str], tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        train(compose("train", tiny), locked / "run")
+
+
+def test_output_folder_that_is_a_file(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"output_dir=.*cannot be written"):
+        train(compose("train", tiny), tmp_path / "file")
+
+
+def test_missing_data_is_told_before_anything_is_built(tiny: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny, f"data.root={tmp_path / 'nowhere'}"]
+    with pytest.raises(UserError, match="nowhere"):
+        train(compose("train", overrides), tmp_path / "run")
+
+
+def test_global_batch_that_does_not_divide(tiny: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.batch_size=4"):
+        train(compose("train", [*tiny, "trainer.accumulate_grad_batches=3"]), tmp_path)
+
+
+def test_weights_of_another_model(tiny: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save({"conv.weight": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match=r"backbone\.weights=.*is not a 'vit_tiny_patch16_224'"):
+        train(compose("train", [*tiny, f"backbone.weights={path}"]), tmp_path / "run")
+
+
+def test_cut_off_checkpoint(tiny: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "broken.ckpt"
+    path.write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        train(compose("train", [*tiny, f"ckpt={path}"]), tmp_path / "run")
