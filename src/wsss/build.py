@@ -54,6 +54,7 @@ def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) 
         backbone.name,
         num_classes,
         early_block=backbone.early_block,
+        early_norm=backbone.early_norm,
         pretrained=bool(backbone.pretrained) and weights is None and load_weights,
         weights=weights,
         **cast(dict[str, Any], OmegaConf.to_container(backbone.options, resolve=True)),

@@ -30,14 +30,13 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return sum_over_ranks(value) / world_size() if world_size() > 1 else value
 
 
-def normalised_sum(total: Tensor, count: Tensor, least: float = 1.0) -> Tensor:
+def normalised_sum(total: Tensor, count: Tensor) -> Tensor:
     """``total / count`` with the count averaged over ranks, and 0 where nothing was counted.
 
     Args:
         total: sum over this rank's elements, carries the gradient.
-        count: number (or weight) of this rank's elements, same shape as ``total``.
-        least: smallest count that is not nothing; 1 for a number of elements.
+        count: number of this rank's elements, same shape as ``total``.
     """
     count = mean_over_ranks(count.to(total.dtype))
-    # least / world size is the smallest mean of a count that is not 0 everywhere.
-    return total / torch.clamp(count, min=least / world_size())
+    # 1 / world size is the smallest mean of a count that is not 0 everywhere.
+    return total / torch.clamp(count, min=1.0 / world_size())

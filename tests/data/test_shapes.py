@@ -148,7 +148,7 @@ def test_refuses_a_root_drawn_with_other_constants(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shapes, "COEXISTENCE", 0.5)
-    with pytest.raises(FileExistsError, match=r"coexistence: 0\.9 there, 0.5 asked for"):
+    with pytest.raises(FileExistsError, match=r"coexistence: [\d.]+ there, 0.5 asked for"):
         shapes.generate(tree, **SMALL)
 
 
@@ -296,24 +296,27 @@ def test_beasts_have_a_small_discriminative_part(samples: list[shapes.Sample]) -
 def test_coexistence(many: list[shapes.Sample], name: str, context: str) -> None:
     with_class = [context in s.contexts for s in many if name in names_of(s)]
     without = [context in s.contexts for s in many if name not in names_of(s)]
-    assert abs(np.mean(with_class) - shapes.COEXISTENCE) < 0.08  # about 140 images, sd 0.026
+    # About 140 images: four standard deviations of a share.
+    spread = 4 * (shapes.COEXISTENCE * (1 - shapes.COEXISTENCE) / len(with_class)) ** 0.5
+    assert abs(np.mean(with_class) - shapes.COEXISTENCE) < spread
     assert 0 < np.mean(without) < 2 * shapes.CONTEXT_ALONE
 
 
 def test_context_is_background_next_to_the_object(samples: list[shapes.Sample]) -> None:
     """Under a boat the image is blue and the mask is 0."""
-    seen = 0
+    excess = []
     for sample in samples:
         if names_of(sample) != {"boat"} or "water" not in sample.contexts:
             continue
-        seen += 1
         bottom = max(thing.box[3] for thing in sample.objects)
         row = min(bottom + 2, 63)
         background = sample.mask[row] == 0
         assert background.mean() > 0.5
         red, _, blue = sample.image[row][background].astype(float).mean(0)
-        assert blue > red + 40
-    assert seen >= 3
+        excess.append(blue - red)
+    # Most of them: a boat at the lower edge of its band has other ground two pixels below.
+    assert len(excess) >= 3
+    assert np.median(excess) > 40
 
 
 def test_lizards_resemble_foliage(samples: list[shapes.Sample]) -> None:

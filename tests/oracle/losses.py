@@ -54,12 +54,11 @@ def cam2seg(
     """Eq. 5: weighted cross-entropy of the upsampled segmentation against the CPL.
 
     Plain: the sum over all valid pixels of the batch, divided by their number. Balanced: half
-    the weighted mean over the background pixels, half that over the foreground pixels.
+    the same over the background pixels and half over the foreground pixels.
     """
     images, height, width = label.shape
     side_sum = {side: _zero_like_gradient(seg_logits) for side in ("background", "foreground")}
     side_count = {"background": 0, "foreground": 0}
-    side_weight = {"background": 0.0, "foreground": 0.0}
     for b in range(images):
         logits = seg_logits[b]
         if tuple(logits.shape[1:]) != (height, width):
@@ -75,12 +74,11 @@ def cam2seg(
                 side = "background" if target == 0 else "foreground"
                 side_sum[side] = side_sum[side] + w * cross_entropy
                 side_count[side] += 1
-                side_weight[side] += w
     if balanced:
         total = _zero_like_gradient(seg_logits)
-        for side, mass in side_weight.items():
-            if mass > 0:
-                total = total + 0.5 * side_sum[side] / mass
+        for side, count in side_count.items():
+            if count > 0:
+                total = total + 0.5 * side_sum[side] / count
         return total
     count = side_count["background"] + side_count["foreground"]
     return (side_sum["background"] + side_sum["foreground"]) / max(count, 1)

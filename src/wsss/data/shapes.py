@@ -42,25 +42,25 @@ from PIL import Image
 BEASTS = ("fox", "lynx", "hare", "bear")
 CLASSES = (*BEASTS, "boat", "train", "lizard", "ball", "star", "crate")
 COEXISTENCE_CLASSES = ("boat", "train")
-VERSION = 2  # raise whenever the same parameters would give other files
+VERSION = 3  # raise whenever the same parameters would give other files
 
 # --- difficulty, in one place --------------------------------------------------------------------
 PART_FRACTION = (0.12, 0.20)
 """Area of a beast's head patch over the area of the beast: the range it is drawn from."""
 HEAD_CONTRAST = 0.6
 """0: a beast's head patch has the tint of its body; 1: it has only colours of its own."""
-TINT_OVERLAP = 0.1
+TINT_OVERLAP = 0.4
 """Probability that a beast's body tint is drawn from all four instead of being its own."""
-COEXISTENCE = 0.9
+COEXISTENCE = 0.85
 """Probability that an image with a boat (train) shows water (rails) under it."""
-CONTEXT_ALONE = 0.1
+CONTEXT_ALONE = 0.15
 """Probability of water (of rails) in an image without a boat (train)."""
 LIVERY_HUES = 30.0
 """Range in degrees of the hues of boats and of trains. The wider, the more a classifier leans on
 the context: at 360 a boat's activation map covers the water and leaves the boat out."""
-TEXTURE_SIMILARITY = 0.4
+TEXTURE_SIMILARITY = 0.25
 """0: the lizard's colours are its own; 1: they are those of the foliage background."""
-CAMOUFLAGE = 0.5
+CAMOUFLAGE = 0.4
 """Probability that an image with a lizard is given the foliage background on purpose."""
 OBJECTS_PER_IMAGE = (0.35, 0.4, 0.25)
 """Probabilities of one, two and three objects."""

@@ -30,10 +30,8 @@ def cam2seg_loss(
         seg_logits: (B, C + 1, h, w), upsampled to the label's size when smaller.
         label: (B, H, W), 0..C and 255 for pixels that are left out.
         weight: (B, H, W), the RAW weight; None weighs all pixels alike.
-        balanced: weighted mean over background and weighted mean over foreground pixels, half
-            each, instead of the mean over all; a side without pixels counts 0. Each side is
-            divided by its own sum of weights: RAW weighs pixels inside a side, and cannot tip
-            the balance between the two.
+        balanced: mean over background and mean over foreground pixels (of the weighted loss), half
+            each, instead of the mean over all; a side without pixels counts 0.
         log_normaliser: (B, H, W) ``logsumexp`` over the classes of logits that already have the
             label's size, when two losses share it; None computes it.
 
@@ -51,9 +49,6 @@ def cam2seg_loss(
         return normalised_sum(pixel_loss.sum(), counted.sum())
     background = counted & (label == 0)
     foreground = counted & (label != 0)
-    mass = torch.ones_like(pixel_loss) if weight is None else weight.detach().to(pixel_loss.dtype)
     sides = torch.stack([background, foreground])
-    means = normalised_sum(
-        (pixel_loss * sides).flatten(1).sum(1), (mass * sides).flatten(1).sum(1), least=1e-6
-    )
+    means = normalised_sum((pixel_loss * sides).flatten(1).sum(1), sides.flatten(1).sum(1))
     return 0.5 * means.sum()

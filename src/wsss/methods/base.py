@@ -115,7 +115,7 @@ class Method(L.LightningModule):
         total = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         self._check_finite(terms)
         for name, term in terms.items():
-            self.log(f"loss/{name}", term.detach(), batch_size=len(batch.names))
+            self.log(f"loss/{name}", term.detach(), prog_bar=True, batch_size=len(batch.names))
         self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.log("loss/total", total.detach(), prog_bar=True, batch_size=len(batch.names))
         return total

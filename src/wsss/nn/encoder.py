@@ -20,6 +20,9 @@ class ViTEncoder(nn.Module):
         name: timm model name, e.g. ``vit_base_patch16_224``.
         early_block: block whose tokens are the early features, counted from the end
             (-3 is the 10th of 12) or from the start.
+        early_norm: pass the early features through the final norm. The paper does not; but in
+            many ViTs a few tokens of the later blocks carry one huge activation, which the norm
+            alone takes out, and which otherwise fills the early CAM of the classes it favours.
         pretrained: load timm's own weights from the hub.
         weights: a local ``.safetensors`` or ``.pth`` file of the same timm model; tensors only,
             strict but for the unused classifier head.
@@ -37,6 +40,7 @@ class ViTEncoder(nn.Module):
         self,
         name: str,
         early_block: int = -3,
+        early_norm: bool = False,
         pretrained: bool = False,
         weights: str | Path | None = None,
         **kwargs: Any,
@@ -51,6 +55,7 @@ class ViTEncoder(nn.Module):
                 f"choose a value from {-depth} to {depth - 1}."
             )
         self.early_index = early_block % depth
+        self.early_norm = early_norm
         self.dim: int = self.vit.embed_dim
         self.patch_size: tuple[int, int] = tuple(self.vit.patch_embed.patch_size)
         self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 1)
@@ -70,8 +75,8 @@ class ViTEncoder(nn.Module):
                 right and below.
 
         Returns:
-            Final features after the final norm, and the early block's features without it;
-            both (B, D, h, w) with h = ceil(H / patch), w = ceil(W / patch).
+            Final features after the final norm, and the early block's features (without it,
+            unless ``early_norm``); both (B, D, h, w) with h = ceil(H / patch), w = ceil(W / patch).
         """
         x = (images - self.mean) / self.std
         grid = [
@@ -81,7 +86,8 @@ class ViTEncoder(nn.Module):
             x, indices=[self.early_index], norm=False, output_fmt="NLC"
         )
         final = final[:, self.num_prefix_tokens :]
-        return _to_grid(final, grid), _to_grid(intermediates[0], grid)
+        early = self.vit.norm(intermediates[0]) if self.early_norm else intermediates[0]
+        return _to_grid(final, grid), _to_grid(early, grid)
 
 
 def _to_grid(tokens: Tensor, grid: list[int]) -> Tensor:

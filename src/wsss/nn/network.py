@@ -72,6 +72,7 @@ class WSSSNetwork(nn.Module):
         pretrained: hub weights for the encoder.
         weights: local weights file for the encoder.
         decoder: any module (B, D, h, w) -> (B, C + 1, h, w); None builds :class:`LargeFOV`.
+        early_norm: final norm on the early features too, see :class:`ViTEncoder`.
         **backbone_kwargs: for ``timm.create_model``.
 
     Example:
@@ -88,11 +89,14 @@ class WSSSNetwork(nn.Module):
         pretrained: bool = False,
         weights: str | Path | None = None,
         decoder: nn.Module | None = None,
+        early_norm: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.encoder = ViTEncoder(backbone, early_block, pretrained, weights, **backbone_kwargs)
+        self.encoder = ViTEncoder(
+            backbone, early_block, early_norm, pretrained, weights, **backbone_kwargs
+        )
         dim = self.encoder.dim
         self.classifier = Classifier(dim, num_classes)
         self.early_classifier = Classifier(dim, num_classes)
