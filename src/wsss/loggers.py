@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 def make_loggers(cfg: DictConfig, output_dir: Path) -> list[Logger]:
     """CSV in the run folder, and W&B when ``cfg.logger.wandb`` is set."""
+    _keep_earlier(output_dir / "metrics.csv")
     loggers: list[Logger] = [
         CSVLogger(output_dir, name="", version="", flush_logs_every_n_steps=50)
     ]
@@ -26,6 +27,15 @@ def make_loggers(cfg: DictConfig, output_dir: Path) -> list[Logger]:
         logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
         loggers.append(logger)
     return loggers
+
+
+def _keep_earlier(path: Path) -> None:
+    """Rename the log of an earlier start of this run, which Lightning would delete."""
+    if path.exists() and path.stat().st_size:
+        number = 1
+        while (kept := path.with_name(f"metrics.{number}.csv")).exists():
+            number += 1
+        path.rename(kept)
 
 
 def wandb_is_offline() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -76,6 +77,7 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     trainer.validate(method, datamodule=data, verbose=False)
     scores = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
     if trainer.is_global_zero:
+        keep_best(output_dir / "checkpoints", trainer, method.monitor)
         write_scores(output_dir / "scores.json", method)
         print_scores(method)
         rank_zero_info(f"Run folder: {output_dir}")
@@ -134,6 +136,19 @@ def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer
         plugins=[AtomicCheckpointIO()],
     )
     return trainer
+
+
+def keep_best(folder: Path, trainer: L.Trainer, monitor: str) -> None:
+    """Make ``last.ckpt`` the best one if the final evaluation says so, or if none was kept."""
+    best = next(
+        (c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor == monitor),  # type: ignore[attr-defined]
+        None,
+    )
+    score = trainer.callback_metrics[monitor]
+    if best is None or best.best_model_score is None or score > best.best_model_score.cpu():
+        part = folder / ".best.ckpt.part"
+        shutil.copyfile(folder / "last.ckpt", part)
+        part.replace(folder / "best.ckpt")
 
 
 def check_writable(folder: Path) -> None:
@@ -198,6 +213,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory.*")  # kept, see loggers
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
 

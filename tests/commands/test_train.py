@@ -72,6 +72,7 @@ def test_bounds_train(method: str, tiny: list[str], tmp_path: Path) -> None:
     overrides = ["experiment=shapes", f"method={method}"]
     overrides += [o for o in tiny if not o.startswith(own)]
     scores = train(compose("train", overrides), tmp_path)
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()  # also without in-loop evaluation
     expected = "on/cpl/miou_ms_flip" if method == "cam" else "on/seg/miou_ms_flip"
     assert expected in scores
     assert not any(name.startswith("on/seg" if method == "cam" else "on/cpl") for name in scores)
@@ -98,8 +99,11 @@ def test_killed_run_resumes_bit_for_bit(tiny: list[str], tmp_path: Path) -> None
     # Whatever step that was: the file is whole, and the run goes on from it.
     step = torch.load(last, weights_only=True)["global_step"]
     assert 0 < step < 30
+    (out / "metrics.csv").write_text("the log of the first start\n")
     train(compose("train", [*tiny, *steps, "ckpt=last"]), out)
+    assert (out / "metrics.1.csv").read_text() == "the log of the first start\n"
     assert_same(weights(tmp_path / "whole"), weights(out))
+    assert not list(out.rglob("*.part"))
 
 
 def test_two_processes_equal_one(run: Run, tiny: list[str], tmp_path: Path) -> None:

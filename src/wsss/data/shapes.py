@@ -42,14 +42,14 @@ from PIL import Image
 BEASTS = ("fox", "lynx", "hare", "bear")
 CLASSES = (*BEASTS, "boat", "train", "lizard", "ball", "star", "crate")
 COEXISTENCE_CLASSES = ("boat", "train")
-VERSION = 3  # raise whenever the same parameters would give other files
+VERSION = 4  # raise whenever the same parameters would give other files
 
 # --- difficulty, in one place --------------------------------------------------------------------
 PART_FRACTION = (0.12, 0.20)
 """Area of a beast's head patch over the area of the beast: the range it is drawn from."""
-HEAD_CONTRAST = 0.6
+HEAD_CONTRAST = 0.8
 """0: a beast's head patch has the tint of its body; 1: it has only colours of its own."""
-TINT_OVERLAP = 0.4
+TINT_OVERLAP = 0.2
 """Probability that a beast's body tint is drawn from all four instead of being its own."""
 COEXISTENCE = 0.85
 """Probability that an image with a boat (train) shows water (rails) under it."""
@@ -407,12 +407,12 @@ def _train(rng: Rng) -> _Figure:
 
 def _lizard(rng: Rng) -> _Figure:
     outline = [
-        _ellipse(0.0, 0.0, 0.3, rng.uniform(0.13, 0.17)),
+        _ellipse(0.0, 0.0, 0.32, rng.uniform(0.18, 0.22)),
         _ellipse(0.34, rng.uniform(-0.06, 0.06), 0.14, 0.1),
-        _polygon((-0.2, -0.12), (-0.55, rng.uniform(-0.12, 0.12)), (-0.2, 0.12)),
+        _polygon((-0.2, -0.16), (-0.52, rng.uniform(-0.12, 0.12)), (-0.2, 0.16)),
     ]
     for x, side in ((-0.15, -1), (-0.15, 1), (0.18, -1), (0.18, 1)):
-        outline.append(_ellipse(x, side * 0.18, 0.05, 0.13, side * rng.uniform(-35, 0)))
+        outline.append(_ellipse(x, side * 0.2, 0.07, 0.12, side * rng.uniform(-35, 0)))
     hue = (1 - TEXTURE_SIMILARITY) * 62 + TEXTURE_SIMILARITY * FOLIAGE_HUE + rng.uniform(-8, 8)
     saturation = (1 - TEXTURE_SIMILARITY) * 0.9 + TEXTURE_SIMILARITY * FOLIAGE_SATURATION
     lift = (1 - TEXTURE_SIMILARITY) * 0.3
@@ -447,7 +447,7 @@ def _ball(rng: Rng) -> _Figure:
 
 def _star(rng: Rng) -> _Figure:
     angles = np.arange(10) * math.pi / 5
-    radii = np.where(np.arange(10) % 2 == 0, 0.52, rng.uniform(0.24, 0.3))
+    radii = np.where(np.arange(10) % 2 == 0, 0.52, rng.uniform(0.32, 0.38))
     outline = [np.stack([radii * np.sin(angles), -radii * np.cos(angles)], 1).astype(np.float32)]
     hue = rng.uniform(48, 58)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wsss.data.batch import Batch, EvalBatch
+from wsss.distributed import mean_over_ranks
 from wsss.errors import UserError
 from wsss.methods.schedule import warmup_poly
 from wsss.metrics.protocols import ProtocolScores
@@ -126,7 +127,9 @@ class Method(L.LightningModule):
         On the CPU every step, before the optimizer's; on an accelerator at every
         ``FINITE_CHECK_EVERY``-th and before a checkpoint is written.
         """
-        self._last_terms = {name: term.detach() for name, term in terms.items()}
+        # The mean over ranks is not finite where any rank's is not: all of them stop together.
+        values = mean_over_ranks(torch.stack([term.detach() for term in terms.values()]))
+        self._last_terms = dict(zip(terms, values, strict=True))
         looks = self.device.type == "cpu" or (self.trainer.global_step % FINITE_CHECK_EVERY == 0)
         if looks:
             self._raise_if_not_finite()
