@@ -283,12 +283,16 @@ def test_sizes_vary_and_objects_overlap(samples: list[shapes.Sample]) -> None:
     assert {len(sample.objects) for sample in samples} == {1, 2, 3}
 
 
-def test_beasts_have_a_small_discriminative_part(samples: list[shapes.Sample]) -> None:
-    fractions = [t.part_fraction for s in samples for t in s.objects if t.name in shapes.BEASTS]
+@pytest.mark.parametrize("family", [shapes.BEASTS, shapes.TOYS], ids=["beasts", "toys"])
+def test_discriminative_parts_are_small(
+    samples: list[shapes.Sample], family: tuple[str, ...]
+) -> None:
+    fractions = [t.part_fraction for s in samples for t in s.objects if t.name in family]
     low, high = shapes.PART_FRACTION
     assert low < np.median(fractions) < high
     assert np.quantile(fractions, 0.9) < 0.3  # occlusion of the body raises the fraction
-    others = [t.part_fraction for s in samples for t in s.objects if t.name not in shapes.BEASTS]
+    with_part = (*shapes.BEASTS, *shapes.TOYS)
+    others = [t.part_fraction for s in samples for t in s.objects if t.name not in with_part]
     assert set(others) == {0.0}
 
 

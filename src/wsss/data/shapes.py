@@ -13,7 +13,9 @@ built so that a classifier's activation map is *not* a segmentation:
   of boat and train vary (``LIVERY_HUES``), those of the context hardly do.
 - ``lizard``: **camouflage.** Its texture is mixed with that of the foliage background
   (``TEXTURE_SIMILARITY``), which it is put on with probability ``CAMOUFLAGE``.
-- ``ball``, ``star``, ``crate``: none; the whole object has one shape and one texture.
+- ``ball``, ``crate``: a small discriminative part again: one plain lacquer, told apart by the
+  emblem on it (and by shape).
+- ``star``: none; the whole object has one shape and one texture.
 
 The image numbered ``n`` is a pure function of (seed, image size, n): each has its own Philox stream
 and does not depend on how many others there are. :func:`generate` writes them as a PASCAL VOC 2012
@@ -41,12 +43,13 @@ from PIL import Image
 
 BEASTS = ("fox", "lynx", "hare", "bear")
 CLASSES = (*BEASTS, "boat", "train", "lizard", "ball", "star", "crate")
+TOYS = ("ball", "crate")
 COEXISTENCE_CLASSES = ("boat", "train")
-VERSION = 4  # raise whenever the same parameters would give other files
+VERSION = 5  # raise whenever the same parameters would give other files
 
 # --- difficulty, in one place --------------------------------------------------------------------
 PART_FRACTION = (0.12, 0.20)
-"""Area of a beast's head patch over the area of the beast: the range it is drawn from."""
+"""Area of a beast's head patch (a toy's emblem) over that of the object: the range drawn from."""
 HEAD_CONTRAST = 0.8
 """0: a beast's head patch has the tint of its body; 1: it has only colours of its own."""
 TINT_OVERLAP = 0.2
@@ -111,7 +114,7 @@ class ShapeObject:
         name: its class, one of ``CLASSES``.
         box: visible extent (xmin, ymin, xmax, ymax) in pixels, 0-based, last pixel included.
         area: visible area over the image's area.
-        part_fraction: visible head patch over visible object; 0 for classes without a patch.
+        part_fraction: visible head patch (emblem) over visible object; 0 for classes without.
     """
 
     name: str
@@ -434,15 +437,30 @@ def _lizard(rng: Rng) -> _Figure:
     )
 
 
-def _ball(rng: Rng) -> _Figure:
-    hue = rng.uniform(265, 280)
+# Emblems of the toys: the pattern and its two colours. Their lacquer is the same.
+_EMBLEMS: dict[str, tuple[Callable[[Floats, Floats], Floats], Color, Color]] = {
+    "ball": (lambda u, v: _dots(u, v, 0.06, 0.33), (0.95, 0.9, 0.2), (0.05, 0.05, 0.1)),
+    "crate": (lambda u, v: _wave((u + v) / 0.06), _hsv(24, 0.95, 0.95), (0.08, 0.08, 0.08)),
+}
+
+
+def _toy(rng: Rng, name: str) -> _Figure:
+    """A plainly lacquered body that ball and crate share, with the emblem of one of them."""
+    if name == "ball":
+        outline, diameter = [_ellipse(0, 0, 0.5, 0.5)], rng.uniform(0.28, 0.5)
+    else:
+        height = rng.uniform(0.28, 0.36)
+        outline, diameter = [_box(-0.36, -height, 0.36, height)], rng.uniform(0.36, 0.6)
+    radius = math.sqrt(rng.uniform(*PART_FRACTION) * _area(outline) / math.pi)
+    emblem = _ellipse(rng.uniform(-0.12, 0.12), rng.uniform(-0.08, 0.08), radius, radius)
+    lacquer = _rgb(*_hsv(rng.uniform(262, 288), rng.uniform(0.5, 0.75), rng.uniform(0.55, 0.8)))
+    pattern, first, second = _EMBLEMS[name]
 
     def paint(u: Floats, v: Floats, part: Mask) -> Floats:
-        return _mix(_dots(u, v, 0.075, 0.28), _hsv(hue, 0.85, 0.6), (0.95, 0.95, 1.0))
+        color = (0.92 + 0.08 * _wave(np.hypot(u, v) / 0.12, 1.0)[..., None]) * lacquer
+        return np.where(part[..., None], _mix(pattern(u, v), first, second), color)
 
-    return _Figure(
-        "ball", rng.uniform(0.25, 0.5), rng.uniform(0, 90), False, [_ellipse(0, 0, 0.5, 0.5)], paint
-    )
+    return _Figure(name, diameter, rng.uniform(0, 180), False, outline, paint, [emblem])
 
 
 def _star(rng: Rng) -> _Figure:
@@ -459,26 +477,11 @@ def _star(rng: Rng) -> _Figure:
     return _Figure("star", rng.uniform(0.35, 0.62), rng.uniform(0, 72), False, outline, paint)
 
 
-def _crate(rng: Rng) -> _Figure:
-    height = rng.uniform(0.28, 0.36)
-
-    def paint(u: Floats, v: Floats, part: Mask) -> Floats:
-        return _mix(_wave((u + v) / 0.09, 5.0), _hsv(24, 0.95, 0.95), (0.08, 0.08, 0.08))
-
-    return _Figure(
-        "crate",
-        rng.uniform(0.3, 0.55),
-        rng.uniform(0, 180),
-        False,
-        [_box(-0.36, -height, 0.36, height)],
-        paint,
-    )
-
-
 def _figure(rng: Rng, name: str) -> _Figure:
-    makers = {"boat": _boat, "train": _train, "lizard": _lizard}
-    makers |= {"ball": _ball, "star": _star, "crate": _crate}
-    return _beast(rng, name) if name in BEASTS else makers[name](rng)
+    makers = {"boat": _boat, "train": _train, "lizard": _lizard, "star": _star}
+    if name in BEASTS:
+        return _beast(rng, name)
+    return _toy(rng, name) if name in TOYS else makers[name](rng)
 
 
 def _area(outline: Sequence[Floats]) -> float:
