@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wsss.resize import resize_small
+from wsss.resize import resize_after, resize_small
 
 
 @pytest.mark.parametrize("source", [(1, 1), (3, 5), (14, 14), (9, 4)])
@@ -28,3 +28,14 @@ def test_keeps_its_precision_under_autocast() -> None:
     x = torch.rand(1, 2, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert resize_small(x, 8, 8).dtype == torch.float32
+
+
+@pytest.mark.parametrize("source", [(1, 1), (28, 28), (31, 20), (448, 96)])
+@pytest.mark.parametrize("target", [(1, 1), (14, 14), (7, 5), (28, 6), (40, 3)])
+def test_a_function_of_pixels_may_come_first(
+    source: tuple[int, int], target: tuple[int, int]
+) -> None:
+    x = torch.randn(2, 3, *source, dtype=torch.float64)
+    ours = resize_after(lambda part: (part * 5).softmax(1), x, *target)
+    theirs = F.interpolate((x * 5).softmax(1), size=target, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(ours, theirs)

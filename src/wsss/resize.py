@@ -1,12 +1,13 @@
-"""Bilinear resizing of small maps as two matrix products.
+"""Bilinear resizing, cheaper where more is known: of small maps, and of a function of pixels.
 
 ``align_corners=False``, without antialiasing: what ``torch.nn.functional.interpolate`` computes.
 Its backward is the most expensive part of CoSA's losses on a CPU, and not deterministic on a GPU;
-two small matrices do the same in a tenth of the time.
+for small maps two small matrices do the same in a tenth of the time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -49,3 +50,29 @@ def resize_small(x: Tensor, height: int, width: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         # The wide axis last: the large result is written once.
         return torch.matmul(torch.matmul(rows, x), columns.T)
+
+
+def resize_after(
+    function: Callable[[Tensor], Tensor], x: Tensor, height: int, width: int
+) -> Tensor:
+    """``resize(function(x))``, with ``function`` computed only at the pixels that are looked at.
+
+    Bilinear downsampling reads two rows and two columns for each target position, whatever the
+    factor: from 448 to a grid of 28 that is one pixel in 64.
+
+    Args:
+        function: of single pixels: keeps the last two dimensions and mixes nothing along them.
+        x: (..., H, W), floating point.
+        height, width: target size.
+
+    Returns:
+        (..., height, width) in the function's precision.
+    """
+    rows, row_weight = bilinear_taps(x.shape[-2], height)
+    columns, column_weight = bilinear_taps(x.shape[-1], width)
+    picked = x.index_select(-2, rows.flatten().to(x.device))
+    y = function(picked.index_select(-1, columns.flatten().to(x.device)))
+    y = y.unflatten(-1, (width, 2))
+    y = torch.lerp(y[..., 0], y[..., 1], column_weight.to(y))
+    y = y.unflatten(-2, (height, 2))
+    return torch.lerp(y[..., 0, :], y[..., 1, :], row_weight.to(y)[:, None])

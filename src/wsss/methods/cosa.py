@@ -34,6 +34,7 @@ from wsss.pseudo import (
     reliability_weight,
     segmentation_pseudo_label,
 )
+from wsss.resize import resize_after
 
 
 class Confidences(NamedTuple):
@@ -53,7 +54,7 @@ class PseudoLabels(NamedTuple):
         weight: (B, H, W) its RAW weight; None when RAW is off.
         early_cpl: the same of the early CAM.
         early_weight: the same of the early CAM.
-        spl: (B, C + 1, H, W) probabilities.
+        spl: (B, C + 1, h, w) probabilities, bilinear on the token grid, where Seg2CAM uses them.
         early_cam: (B, C, H, W) in [0, 1].
         early_threshold: 0-dimensional.
     """
@@ -265,12 +266,16 @@ class CoSA(Method):
                 perplexity(confidence, threshold, self.raw_alpha, self.raw_beta), valid
             )
 
+        def spl(seg_logits: Tensor) -> Tensor:
+            return segmentation_pseudo_label(seg_logits, batch.labels, self.spl_temperature)
+
+        grid = self.assignment.encoder.grid(valid.shape[-2], valid.shape[-1])
         return PseudoLabels(
             cpl=cam_pseudo_label(assigned.cam, xi, valid, batch.labels),
             weight=weight(nu, xi),
             early_cpl=cam_pseudo_label(assigned.early_cam, early_xi, valid, batch.labels),
             early_weight=weight(early_nu, early_xi),
-            spl=segmentation_pseudo_label(assigned.seg_logits, batch.labels, self.spl_temperature),
+            spl=resize_after(spl, assigned.seg_logits, *grid),
             early_cam=assigned.early_cam,
             early_threshold=early_xi,
         )

@@ -67,6 +67,10 @@ class ViTEncoder(nn.Module):
         if weights is not None:
             load_backbone_weights(self.vit, name, Path(weights))
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the token grid of an image of that size."""
+        return -(-height // self.patch_size[0]), -(-width // self.patch_size[1])
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features of RGB images in [0, 1].
 
@@ -79,9 +83,7 @@ class ViTEncoder(nn.Module):
             unless ``early_norm``); both (B, D, h, w) with h = ceil(H / patch), w = ceil(W / patch).
         """
         x = (images - self.mean) / self.std
-        grid = [
-            -(-size // patch) for size, patch in zip(x.shape[-2:], self.patch_size, strict=True)
-        ]
+        grid = self.grid(images.shape[-2], images.shape[-1])
         final, intermediates = self.vit.forward_intermediates(
             x, indices=[self.early_index], norm=False, output_fmt="NLC"
         )
@@ -90,7 +92,7 @@ class ViTEncoder(nn.Module):
         return _to_grid(final, grid), _to_grid(early, grid)
 
 
-def _to_grid(tokens: Tensor, grid: list[int]) -> Tensor:
+def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
