@@ -2,10 +2,12 @@
 
     python benchmarks/step.py     # ViT-Tiny at 224 on a CPU, ViT-B at 448 on a GPU
     python benchmarks/step.py --device cpu --precision fp32 --threads 2
+    python benchmarks/step.py --experiment cosa_shapes --workers 0
 
-Real code on random images: data (a generated JPEG through both views), AN passes, ON forward,
-labels and thresholds, losses, backward, optimizer, EMA. Each part is the median over the steps;
-the device is synchronised between parts, so their sum is what an unoverlapped step takes.
+Real code on generated JPEGs: data, AN passes, ON forward, labels and thresholds, losses, backward,
+optimizer, EMA. Each part is the median over the steps; the device is synchronised between parts.
+"data" is what the step waits for: both views are made by the experiment's loader processes, in
+parallel, as in training; with --workers 0 it is what making them costs.
 """
 
 from __future__ import annotations
@@ -53,30 +55,37 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--experiment", help="default: cosa_voc on a GPU, else cosa_voc_mini")
+    parser.add_argument("--workers", type=int, help="loader processes; default: the experiment's")
+    parser.add_argument("--batch", type=int, help="default: the experiment's")
     parser.add_argument("--image-size", type=int, default=320, help="side of the source JPEGs")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    big = arguments.device == "cuda"
+    if arguments.experiment is None:
+        arguments.experiment = "cosa_voc" if arguments.device == "cuda" else "cosa_voc_mini"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "images"
         generate(root, train=64, val=4, image_size=arguments.image_size, seed=0)
-        method, batches = prepare(root, big, arguments)
+        method, batches = prepare(root, arguments)
         times = measure(method, batches, arguments)
     report(times, method, arguments)
 
 
-def prepare(root: Path, big: bool, arguments: argparse.Namespace) -> tuple[CoSA, Any]:
+def prepare(root: Path, arguments: argparse.Namespace) -> tuple[CoSA, Any]:
     """The method past its warm-up, and an endless loader of batches."""
     overrides = [
-        f"experiment={'cosa_voc' if big else 'cosa_voc_mini'}",
+        f"experiment={arguments.experiment}",
         f"data.root={root}",
         "data.train_split=train",
-        "data.num_workers=0",
-        f"data.batch_size={arguments.batch}",
+        "data.val_split=val",
         "backbone.pretrained=false",
     ]
+    for key, value in (("num_workers", arguments.workers), ("batch_size", arguments.batch)):
+        if value is not None:
+            overrides.append(f"data.{key}={value}")
+    if arguments.experiment.endswith("shapes"):
+        overrides.append("~data.generate")
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = hydra.compose("train", overrides=overrides)
     data = build_data(cfg)
@@ -161,7 +170,7 @@ def report(times: dict[str, list[float]], method: CoSA, arguments: argparse.Name
     total = sum(medians.values())
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     table = Table(
-        title=f"{method.network.encoder.name}, batch {arguments.batch}, {arguments.precision}, "
+        title=f"{arguments.experiment}: {method.network.encoder.name}, {arguments.precision}, "
         f"{where}, {torch.get_num_threads()} threads",
         title_justify="left",
     )

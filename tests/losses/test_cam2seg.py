@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.oracle import losses as oracle
 from tests.oracle.compare import TOLERANCE, assert_matches_oracle, value_and_gradient
 from wsss.losses import cam2seg_loss
+from wsss.losses.cam2seg import upsample_log_softmax
 
 DTYPES = list(TOLERANCE)
 CLASSES = 3  # foreground
@@ -166,4 +167,13 @@ def test_gradcheck(balanced: bool) -> None:
     weight = torch.rand(label.shape, dtype=torch.float64, generator=generator)
     assert torch.autograd.gradcheck(
         lambda s: cam2seg_loss(s, label, weight, balanced), logits.requires_grad_()
+    )
+
+
+def test_shared_log_probabilities_change_nothing() -> None:
+    logits = torch.randn(2, 4, 3, 5)
+    label = torch.randint(0, 4, (2, 9, 10))
+    log_p = upsample_log_softmax(logits, (9, 10))
+    torch.testing.assert_close(
+        cam2seg_loss(log_p, label, normalised=True), cam2seg_loss(logits, label)
     )

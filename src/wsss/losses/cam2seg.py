@@ -10,11 +10,14 @@ from wsss.pseudo.labels import IGNORE_INDEX
 from wsss.resize import resize_small
 
 
-def upsample_logits(seg_logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear upsampling in float32 (float64 stays), align_corners=False."""
+def upsample_log_softmax(seg_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear upsampling (align_corners=False), then log-probabilities of the classes.
+
+    In float32; float64 stays.
+    """
     if seg_logits.dtype != torch.float64:
         seg_logits = seg_logits.float()
-    return resize_small(seg_logits, *size)
+    return resize_small(seg_logits, *size).log_softmax(1)
 
 
 def cam2seg_loss(
@@ -22,7 +25,7 @@ def cam2seg_loss(
     label: Tensor,
     weight: Tensor | None = None,
     balanced: bool = False,
-    log_normaliser: Tensor | None = None,
+    normalised: bool = False,
 ) -> Tensor:
     """Weighted per-pixel cross-entropy against the CAM pseudo-label (CoSA, eq. 5).
 
@@ -32,18 +35,18 @@ def cam2seg_loss(
         weight: (B, H, W), the RAW weight; None weighs all pixels alike.
         balanced: mean over background and mean over foreground pixels (of the weighted loss), half
             each, instead of the mean over all; a side without pixels counts 0.
-        log_normaliser: (B, H, W) ``logsumexp`` over the classes of logits that already have the
-            label's size, when two losses share it; None computes it.
+        normalised: ``seg_logits`` are log-probabilities of the label's size already: for two losses
+            that share one :func:`upsample_log_softmax`.
 
     Returns:
         0-dimensional float tensor; 0 with a zero gradient when every pixel is left out.
     """
-    logits = upsample_logits(seg_logits, (label.shape[-2], label.shape[-1]))
-    if log_normaliser is None:
-        log_normaliser = logits.logsumexp(1)
+    log_p = seg_logits
+    if not normalised:
+        log_p = upsample_log_softmax(seg_logits, (label.shape[-2], label.shape[-1]))
     counted = label != IGNORE_INDEX
     target = label.where(counted, 0)
-    pixel_loss = log_normaliser - logits.gather(1, target[:, None])[:, 0]
+    pixel_loss = -log_p.gather(1, target[:, None])[:, 0]
     pixel_loss = pixel_loss * (counted if weight is None else weight.detach() * counted)
     if not balanced:
         return normalised_sum(pixel_loss.sum(), counted.sum())

@@ -21,7 +21,7 @@ from wsss.losses import (
     contrastive_separation_loss,
     seg2cam_loss,
 )
-from wsss.losses.cam2seg import upsample_logits
+from wsss.losses.cam2seg import upsample_log_softmax
 from wsss.methods.base import Method
 from wsss.nn import NetworkOutput, WSSSNetwork
 from wsss.pseudo import (
@@ -204,17 +204,16 @@ class CoSA(Method):
         """All terms of eq. 11 from ON's output and AN's labels."""
         assert output.seg_logits is not None
         size = (batch.valid.shape[-2], batch.valid.shape[-1])
-        seg_logits = upsample_logits(output.seg_logits, size)
-        shared = seg_logits.logsumexp(1)  # of both CAM2Seg terms
+        log_p = upsample_log_softmax(output.seg_logits, size)  # of both CAM2Seg terms
         cam = output.cam
         if self.detach != "none":
             cam = self.network.classifier.cam(output.features, self.detach)
         return {
             "cls": classification_loss(output.class_logits, batch.labels),
             "cls_early": classification_loss(output.early_class_logits, batch.labels),
-            "c2s": cam2seg_loss(seg_logits, pseudo.cpl, pseudo.weight, self.balanced, shared),
+            "c2s": cam2seg_loss(log_p, pseudo.cpl, pseudo.weight, self.balanced, True),
             "c2s_early": cam2seg_loss(
-                seg_logits, pseudo.early_cpl, pseudo.early_weight, self.balanced, shared
+                log_p, pseudo.early_cpl, pseudo.early_weight, self.balanced, True
             ),
             "s2c": seg2cam_loss(cam, pseudo.spl, self.s2c_relu),
             "csc": self._contrastive_separation(output.cam, pseudo, batch),

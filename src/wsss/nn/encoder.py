@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from wsss.errors import UserError
 
+_UNFUSED_TOKENS = 1024
+
 
 class ViTEncoder(nn.Module):
     """A timm ViT that returns its final and an early feature map.
@@ -84,12 +86,22 @@ class ViTEncoder(nn.Module):
         """
         x = (images - self.mean) / self.std
         grid = self.grid(images.shape[-2], images.shape[-1])
+        self._choose_attention(images, grid[0] * grid[1])
         final, intermediates = self.vit.forward_intermediates(
             x, indices=[self.early_index], norm=False, output_fmt="NLC"
         )
         final = final[:, self.num_prefix_tokens :]
         early = self.vit.norm(intermediates[0]) if self.early_norm else intermediates[0]
         return _to_grid(final, grid), _to_grid(early, grid)
+
+    def _choose_attention(self, images: Tensor, tokens: int) -> None:
+        """On a CPU in bf16, torch's fused attention converts to fp32 and back: two plain bf16
+        products take half its time. Not for large grids, whose attention matrix is large too."""
+        fused = images.device.type != "cpu" or tokens > _UNFUSED_TOKENS
+        fused = fused or not torch.is_autocast_enabled("cpu")
+        for block in self.vit.blocks:
+            if hasattr(getattr(block, "attn", None), "fused_attn"):
+                block.attn.fused_attn = fused
 
 
 def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
