@@ -43,7 +43,7 @@ def multi_scale(
     for b in range(images.shape[0]):
         # one entry a scale: the maps of the plain and the mirrored pass, at image size
         per_scale: dict[str, list[list[Tensor]]] = {"cam": [], "early_cam": [], "seg_logits": []}
-        for scale in scales:
+        for scale in [*scales, *(s for s in cam_scales or () if s not in scales)]:
             resized = bilinear(images[b], round(height * scale), round(width * scale))
             passes: dict[str, list[Tensor]] = {name: [] for name in per_scale}
             for mirrored in (False, True) if flip_too else (False,):
@@ -52,7 +52,8 @@ def multi_scale(
                     full = bilinear(getattr(output, name)[0].double(), height, width)
                     maps.append(flip(full) if mirrored else full)
             for name, maps in passes.items():
-                if name == "seg_logits" or cam_scales is None or scale in cam_scales:
+                its_scales = scales if name == "seg_logits" or cam_scales is None else cam_scales
+                if scale in its_scales:
                     per_scale[name].append(maps)
         cams.append(_fuse_cam(per_scale["cam"], fuse))
         early_cams.append(_fuse_cam(per_scale["early_cam"], fuse))

@@ -13,9 +13,8 @@ built so that a classifier's activation map is *not* a segmentation:
   of boat and train vary (``LIVERY_HUES``), those of the context hardly do.
 - ``lizard``: **camouflage.** Its texture is mixed with that of the foliage background
   (``TEXTURE_SIMILARITY``), which it is put on with probability ``CAMOUFLAGE``.
-- ``ball``, ``crate``: a small discriminative part again: one plain lacquer, told apart by the
-  emblem on it (and by shape).
-- ``star``: none; the whole object has one shape and one texture.
+- ``ball``, ``star``, ``crate``: a small discriminative part again: one plain lacquer, told apart by
+  the emblem on it (and by shape).
 
 The image numbered ``n`` is a pure function of (seed, image size, n): each has its own Philox stream
 and does not depend on how many others there are. :func:`generate` writes them as a PASCAL VOC 2012
@@ -43,9 +42,9 @@ from PIL import Image
 
 BEASTS = ("fox", "lynx", "hare", "bear")
 CLASSES = (*BEASTS, "boat", "train", "lizard", "ball", "star", "crate")
-TOYS = ("ball", "crate")
+TOYS = ("ball", "star", "crate")
 COEXISTENCE_CLASSES = ("boat", "train")
-VERSION = 6  # raise whenever the same parameters would give other files
+VERSION = 8  # raise whenever the same parameters would give other files
 
 # --- difficulty, in one place --------------------------------------------------------------------
 PART_FRACTION = (0.12, 0.20)
@@ -65,7 +64,7 @@ TEXTURE_SIMILARITY = 0.25
 """0: the lizard's colours are its own; 1: they are those of the foliage background."""
 CAMOUFLAGE = 0.4
 """Probability that an image with a lizard is given the foliage background on purpose."""
-OBJECTS_PER_IMAGE = (0.35, 0.4, 0.25)
+OBJECTS_PER_IMAGE = (0.4, 0.4, 0.2)
 """Probabilities of one, two and three objects."""
 MIN_VISIBLE_AREA = 0.01
 """Visible area of every object over the image's area; below it the placement is drawn again."""
@@ -328,9 +327,9 @@ _TINTS = {
 def _beast(rng: Rng, name: str) -> _Figure:
     body_x, body_y = 0.36, rng.uniform(0.19, 0.25)
     outline = [_ellipse(-0.06, -0.04, body_x, body_y)]
-    for x in (-0.32, -0.2, 0.05, 0.17):  # legs
+    for x in (-0.32, 0.06):  # fore and hind legs
         x += rng.uniform(-0.03, 0.03)
-        outline.append(_box(x, 0.0, x + 0.085, body_y + rng.uniform(0.12, 0.18)))
+        outline.append(_box(x, 0.0, x + 0.15, body_y + rng.uniform(0.08, 0.14)))
     tail = rng.uniform(-0.25, 0.05)
     outline.append(_polygon((-0.35, -0.12), (-0.52, tail - 0.04), (-0.52, tail + 0.04), (-0.35, 0)))
     rest = _area(outline)
@@ -363,7 +362,7 @@ def _beast(rng: Rng, name: str) -> _Figure:
 
     return _Figure(
         name,
-        rng.uniform(0.4, 0.68),
+        rng.uniform(0.5, 0.8),
         rng.uniform(-15, 15),
         rng.random() < 0.5,
         outline,
@@ -382,11 +381,13 @@ def _boat(rng: Rng) -> _Figure:
         _box(mast - 0.05, -0.5, mast, 0.0),
     ]
     color = _hsv(350 + LIVERY_HUES * (rng.random() - 0.5), 0.75, rng.uniform(0.7, 0.95))
+    diameter = rng.uniform(0.42, 0.72)
 
     def paint(u: Floats, v: Floats, part: Mask) -> Floats:
-        return _mix(_wave(v / 0.045, 3.0), color, _darker(color, 0.5))
+        sail = np.clip((-0.05 * diameter - v) / 0.01 + 0.5, 0, 1)[..., None]
+        canvas = _mix(_wave(v / 0.045, 3.0), color, (0.97, 0.95, 0.9))
+        return np.asarray(_rgb(*_darker(color, 0.55)) * (1 - sail) + canvas * sail)
 
-    diameter = rng.uniform(0.32, 0.62)
     return _Figure("boat", diameter, rng.uniform(-6, 6), rng.random() < 0.5, outline, paint)
 
 
@@ -399,7 +400,7 @@ def _train(rng: Rng) -> _Figure:
     ]
     hue, phase = 165 + LIVERY_HUES * (rng.random() - 0.5), rng.random()
     wagon = _hsv(hue, rng.uniform(0.5, 0.85), rng.uniform(0.4, 0.7))
-    diameter = rng.uniform(0.42, 0.68)
+    diameter = rng.uniform(0.5, 0.8)
 
     def paint(u: Floats, v: Floats, part: Mask) -> Floats:
         windows = _wave(u / 0.065 + phase, 4.0) * _wave(v / 0.11 + 0.25, 4.0)
@@ -433,24 +434,30 @@ def _lizard(rng: Rng) -> _Figure:
         return np.asarray(color + spots[..., None] * (_rgb(0.1, 0.15, 0.05) - color))
 
     return _Figure(
-        "lizard", rng.uniform(0.4, 0.68), rng.uniform(0, 360), rng.random() < 0.5, outline, paint
+        "lizard", rng.uniform(0.5, 0.8), rng.uniform(0, 360), rng.random() < 0.5, outline, paint
     )
 
 
 # Emblems of the toys: the pattern and its two colours. Their lacquer is the same.
 _EMBLEMS: dict[str, tuple[Callable[[Floats, Floats], Floats], Color, Color]] = {
     "ball": (lambda u, v: _dots(u, v, 0.06, 0.33), (0.95, 0.9, 0.2), (0.05, 0.05, 0.1)),
+    "star": (lambda u, v: _wave(np.hypot(u, v) / 0.06), _hsv(150, 0.9, 0.85), (0.97, 0.97, 0.97)),
     "crate": (lambda u, v: _wave((u + v) / 0.06), _hsv(24, 0.95, 0.95), (0.08, 0.08, 0.08)),
 }
 
 
 def _toy(rng: Rng, name: str) -> _Figure:
-    """A plainly lacquered body that ball and crate share, with the emblem of one of them."""
+    """A plainly lacquered body like that of the other toys, with an emblem of its own."""
     if name == "ball":
-        outline, diameter = [_ellipse(0, 0, 0.5, 0.5)], rng.uniform(0.28, 0.5)
+        outline, diameter = [_ellipse(0, 0, 0.5, 0.5)], rng.uniform(0.36, 0.58)
+    elif name == "star":
+        angles = np.arange(10) * math.pi / 5
+        radii = np.where(np.arange(10) % 2 == 0, 0.52, rng.uniform(0.32, 0.38))
+        points = np.stack([radii * np.sin(angles), -radii * np.cos(angles)], 1)
+        outline, diameter = [points.astype(np.float32)], rng.uniform(0.44, 0.72)
     else:
         height = rng.uniform(0.28, 0.36)
-        outline, diameter = [_box(-0.36, -height, 0.36, height)], rng.uniform(0.36, 0.6)
+        outline, diameter = [_box(-0.36, -height, 0.36, height)], rng.uniform(0.44, 0.68)
     radius = math.sqrt(rng.uniform(*PART_FRACTION) * _area(outline) / math.pi)
     emblem = _ellipse(rng.uniform(-0.12, 0.12), rng.uniform(-0.08, 0.08), radius, radius)
     lacquer = _rgb(*_hsv(rng.uniform(262, 288), rng.uniform(0.5, 0.75), rng.uniform(0.55, 0.8)))
@@ -463,22 +470,8 @@ def _toy(rng: Rng, name: str) -> _Figure:
     return _Figure(name, diameter, rng.uniform(0, 180), False, outline, paint, [emblem])
 
 
-def _star(rng: Rng) -> _Figure:
-    angles = np.arange(10) * math.pi / 5
-    radii = np.where(np.arange(10) % 2 == 0, 0.52, rng.uniform(0.32, 0.38))
-    outline = [np.stack([radii * np.sin(angles), -radii * np.cos(angles)], 1).astype(np.float32)]
-    hue = rng.uniform(48, 58)
-
-    def paint(u: Floats, v: Floats, part: Mask) -> Floats:
-        return _mix(
-            _wave(np.hypot(u, v) / 0.08, 1.5), _hsv(hue, 0.75, 1.0), _hsv(hue - 12, 0.9, 0.95)
-        )
-
-    return _Figure("star", rng.uniform(0.35, 0.62), rng.uniform(0, 72), False, outline, paint)
-
-
 def _figure(rng: Rng, name: str) -> _Figure:
-    makers = {"boat": _boat, "train": _train, "lizard": _lizard, "star": _star}
+    makers = {"boat": _boat, "train": _train, "lizard": _lizard}
     if name in BEASTS:
         return _beast(rng, name)
     return _toy(rng, name) if name in TOYS else makers[name](rng)

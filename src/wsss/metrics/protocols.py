@@ -51,8 +51,8 @@ class ProtocolScores(nn.Module):
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
-        self.scales = tuple(scales) if segmentation else tuple(cam_scales)
-        self.cam_scales = tuple(s for s in cam_scales if s in self.scales)
+        self.scales = tuple(scales)
+        self.cam_scales = tuple(cam_scales)
         self.cpl_threshold = cpl_threshold
         self.segmentation = segmentation
         self.cam = cam

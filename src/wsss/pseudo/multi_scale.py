@@ -65,34 +65,34 @@ def multi_scale(
     Args:
         network: called with images (and ``decode=False`` when the decoder is not needed).
         images: (B, 3, H, W) RGB in [0, 1].
-        scales: factors of the input size, each rounded to whole pixels.
+        scales: factors of the input size, each rounded to whole pixels, for the segmentation and,
+            unless ``cam_scales`` says otherwise, the CAMs.
         flip: also run the mirrored images.
         fuse: ``"max"`` or ``"sum"``.
         labels: (B, C) 0/1. CAM channels of absent classes become 0; segmentation logits of
             absent classes are not computed (0): only for consumers that mask them, such as
             :func:`~wsss.pseudo.segmentation_pseudo_label`. Background is always computed.
-        cam_scales: the scales among ``scales`` that enter the CAMs; None takes all.
-        decode: False leaves the decoder out.
+        cam_scales: those of the CAMs. A scale that both have is run once.
+        decode: False leaves the decoder out; then only the scales of the CAMs are run.
 
     Raises:
-        ValueError: no scales, a scale that is not positive, unknown ``fuse``, or ``cam_scales``
-            with a value that ``scales`` does not have.
+        ValueError: no scales, a scale that is not positive, or unknown ``fuse``.
     """
     if fuse not in FUSE_MODES:
         raise ValueError(f"fuse='{fuse}': choose one of {', '.join(FUSE_MODES)}.")
-    if not scales or min(scales) <= 0:
-        raise ValueError(f"scales={list(scales)}: give at least one positive factor.")
     cam_scales = scales if cam_scales is None else cam_scales
-    if not cam_scales or not set(cam_scales) <= set(scales):
-        raise ValueError(f"cam_scales={list(cam_scales)} must be some of scales={list(scales)}.")
+    for key, value in (("scales", scales), ("cam_scales", cam_scales)):
+        if not value or min(value) <= 0:
+            raise ValueError(f"{key}={list(value)}: give at least one positive factor.")
 
     size = (images.shape[-2], images.shape[-1])
     batch = images.shape[0]
     present = None if labels is None else _Present(labels)
-    kwargs = {} if decode else {"decode": False}
     cams: list[Tensor | None] = [None, None]
     segmentation: Tensor | None = None
-    for scale in scales:
+    for scale in dict.fromkeys([*scales, *cam_scales] if decode else cam_scales):
+        segments = decode and scale in scales
+        kwargs = {} if segments else {"decode": False}
         scaled = _resize(images, (round(size[0] * scale), round(size[1] * scale)))
         output = network(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled, **kwargs)
         if scale in cam_scales:
@@ -105,7 +105,7 @@ def multi_scale(
                     cams[i] = torch.maximum(previous, fused)
                 else:
                     cams[i] = previous + fused
-        if decode:
+        if segments:
             assert output.seg_logits is not None
             logits = output.seg_logits.float()
             if flip:
