@@ -13,8 +13,8 @@ built so that a classifier's activation map is *not* a segmentation:
   of boat and train vary (``LIVERY_HUES``), those of the context hardly do.
 - ``lizard``: **camouflage.** Its texture is mixed with that of the foliage background
   (``TEXTURE_SIMILARITY``), which it is put on with probability ``CAMOUFLAGE``.
-- ``ball``, ``star``, ``crate``: a small discriminative part again: one plain lacquer, told apart by
-  the emblem on it (and by shape).
+- ``ball``, ``star``, ``crate``: **a shared part.** Large patches of a colour of their own and of a
+  white that all three (and the windows of trains) have.
 
 The image numbered ``n`` is a pure function of (seed, image size, n): each has its own Philox stream
 and does not depend on how many others there are. :func:`generate` writes them as a PASCAL VOC 2012
@@ -44,18 +44,18 @@ BEASTS = ("fox", "lynx", "hare", "bear")
 CLASSES = (*BEASTS, "boat", "train", "lizard", "ball", "star", "crate")
 TOYS = ("ball", "star", "crate")
 COEXISTENCE_CLASSES = ("boat", "train")
-VERSION = 8  # raise whenever the same parameters would give other files
+VERSION = 11  # raise whenever the same parameters would give other files
 
 # --- difficulty, in one place --------------------------------------------------------------------
 PART_FRACTION = (0.12, 0.20)
-"""Area of a beast's head patch (a toy's emblem) over that of the object: the range drawn from."""
+"""Area of a beast's head patch over that of the object: the range drawn from."""
 HEAD_CONTRAST = 0.6
 """0: a beast's head patch has the tint of its body; 1: it has only colours of its own."""
-TINT_OVERLAP = 0.1
+TINT_OVERLAP = 0.4
 """Probability that a beast's body tint is drawn from all four instead of being its own."""
 COEXISTENCE = 0.85
 """Probability that an image with a boat (train) shows water (rails) under it."""
-CONTEXT_ALONE = 0.15
+CONTEXT_ALONE = 0.25
 """Probability of water (of rails) in an image without a boat (train)."""
 LIVERY_HUES = 30.0
 """Range in degrees of the hues of boats and of trains. The wider, the more a classifier leans on
@@ -113,7 +113,7 @@ class ShapeObject:
         name: its class, one of ``CLASSES``.
         box: visible extent (xmin, ymin, xmax, ymax) in pixels, 0-based, last pixel included.
         area: visible area over the image's area.
-        part_fraction: visible head patch (emblem) over visible object; 0 for classes without.
+        part_fraction: visible head patch over visible object; 0 for classes without.
     """
 
     name: str
@@ -438,16 +438,17 @@ def _lizard(rng: Rng) -> _Figure:
     )
 
 
-# Emblems of the toys: the pattern and its two colours. Their lacquer is the same.
-_EMBLEMS: dict[str, tuple[Callable[[Floats, Floats], Floats], Color, Color]] = {
-    "ball": (lambda u, v: _dots(u, v, 0.06, 0.33), (0.95, 0.9, 0.2), (0.05, 0.05, 0.1)),
-    "star": (lambda u, v: _wave(np.hypot(u, v) / 0.06), _hsv(150, 0.9, 0.85), (0.97, 0.97, 0.97)),
-    "crate": (lambda u, v: _wave((u + v) / 0.06), _hsv(24, 0.95, 0.95), (0.08, 0.08, 0.08)),
+# The paint of each toy; the rest of it is the white of all toys.
+_PAINTS: dict[str, Color] = {
+    "ball": _hsv(275, 0.65, 0.7),
+    "star": _hsv(50, 0.85, 0.95),
+    "crate": _hsv(24, 0.8, 0.6),
 }
 
 
 def _toy(rng: Rng, name: str) -> _Figure:
-    """A plainly lacquered body like that of the other toys, with an emblem of its own."""
+    """A body in large patches of the toy's own paint and of the white that all toys share."""
+    scale = rng.uniform(0.14, 0.18)  # of the patches, in image widths
     if name == "ball":
         outline, diameter = [_ellipse(0, 0, 0.5, 0.5)], rng.uniform(0.36, 0.58)
     elif name == "star":
@@ -458,16 +459,20 @@ def _toy(rng: Rng, name: str) -> _Figure:
     else:
         height = rng.uniform(0.28, 0.36)
         outline, diameter = [_box(-0.36, -height, 0.36, height)], rng.uniform(0.44, 0.68)
-    radius = math.sqrt(rng.uniform(*PART_FRACTION) * _area(outline) / math.pi)
-    emblem = _ellipse(rng.uniform(-0.12, 0.12), rng.uniform(-0.08, 0.08), radius, radius)
-    lacquer = _rgb(*_hsv(rng.uniform(262, 288), rng.uniform(0.5, 0.75), rng.uniform(0.55, 0.8)))
-    pattern, first, second = _EMBLEMS[name]
+    hue, saturation, value = colorsys.rgb_to_hsv(*_PAINTS[name])
+    paint_color = _hsv(360 * hue + rng.uniform(-8, 8), saturation, value + rng.uniform(-0.05, 0.05))
+    white = _hsv(rng.uniform(0, 360), 0.04, rng.uniform(0.9, 0.98))
 
     def paint(u: Floats, v: Floats, part: Mask) -> Floats:
-        color = (0.92 + 0.08 * _wave(np.hypot(u, v) / 0.12, 1.0)[..., None]) * lacquer
-        return np.where(part[..., None], _mix(pattern(u, v), first, second), color)
+        if name == "ball":  # sectors
+            patches = _wave(np.arctan2(v, u) * (3 / (2 * math.pi)), 4.0)
+        elif name == "star":  # rings
+            patches = _wave(np.hypot(u, v) / scale + 0.25, 4.0)
+        else:  # planks
+            patches = _wave(v / scale, 4.0)
+        return _mix(patches, white, paint_color)
 
-    return _Figure(name, diameter, rng.uniform(0, 180), False, outline, paint, [emblem])
+    return _Figure(name, diameter, rng.uniform(0, 180), False, outline, paint)
 
 
 def _figure(rng: Rng, name: str) -> _Figure:
