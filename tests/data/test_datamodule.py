@@ -17,9 +17,10 @@ from PIL import Image
 
 from wsss.data.batch import Batch, EvalBatch
 from wsss.data.datamodule import WSSSDataModule
+from wsss.data.images import DatasetError
 from wsss.data.order import image_index, sample_rng
 from wsss.data.views import TwoViews
-from wsss.data.voc import VOC, DatasetError
+from wsss.data.voc import VOC
 from wsss.errors import UserError
 
 TRAIN, VAL = 7, 11

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsss.data.voc import VOC, VOC_CLASSES, DatasetError, read_mask, read_rgb
+from wsss.data.images import DatasetError, read_mask, read_rgb
+from wsss.data.voc import VOC, VOC_CLASSES
 
 SIZE = (24, 32)  # height, width
 OBJECTS = {"a": ["cat", "dog"], "b": ["person"], "c": ["train"]}

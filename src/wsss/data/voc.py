@@ -11,7 +11,6 @@ import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
-from wsss.errors import UserError
+from wsss.data.images import (
+    IMAGE_SUFFIXES,
+    VOID,
+    DatasetError,
+    count,
+    inspect_image,
+    nearest,
+    read_mask,
+    read_rgb,
+    size_problem,
+    summary,
+)
 
 VOC_CLASSES = (
     "aeroplane",
@@ -47,160 +57,7 @@ VOC_CLASSES = (
 )
 """The 20 foreground classes of PASCAL VOC in mask order: class i has mask value i + 1."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-VOID = 255
-"""Mask value of pixels without a class (object borders, padding)."""
-
-# The last bytes of a complete file. A file that ends otherwise is decoded to find out: some
-# cameras append bytes after the end marker, which is harmless.
-_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _PROGRESS_FROM = 2000
-_SHOWN = 10
-
-
-class DatasetError(UserError):
-    """A data set on disk that cannot be used; the message names file, value and remedy."""
-
-
-def _summary(problems: Sequence[str]) -> str:
-    """Show the first few of ``problems``, one a line, and count the others."""
-    lines = [f"  - {problem}" for problem in problems[:_SHOWN]]
-    if len(problems) > _SHOWN:
-        lines.append(f"  ... and {len(problems) - _SHOWN} more")
-    return "\n".join(lines)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _nearest(value: str, choices: Sequence[str]) -> str:
-    close = get_close_matches(value.lower(), choices, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(choices)}"
-
-
-# ---------------------------------------------------------------------------------- images
-
-
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own convert would clip, not scale
-        grey = np.array(image).astype(np.int64)
-        if grey.size and (grey.min() < 0 or grey.max() > 65535):
-            raise ValueError(f"pixel values {grey.min()}..{grey.max()} do not fit 16 bits")
-        eight = ((grey * 255 + 32767) // 65535).astype(np.uint8)
-        return np.repeat(eight[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range; store 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        black = Image.new("RGB", layered.size)
-        black.paste(layered, mask=layered.getchannel("A"))
-        return np.array(black)
-    return np.array(image.convert("RGB"))
-
-
-def read_rgb(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Decode an image file to RGB.
-
-    Grey, palette and CMYK images are converted, 16-bit grey is scaled to 8 bits (65535 -> 255), and
-    transparent pixels are composited on black. The EXIF orientation is **not** applied: masks
-    and boxes of a data set refer to the pixels as stored.
-
-    Args:
-        path: a file PIL can read.
-
-    Returns:
-        (H, W, 3) uint8.
-
-    Raises:
-        DatasetError: the file is missing, truncated or no image; names it and the cause.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(image)
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such image file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(
-            f"{path}: cannot decode the image ({error}); replace the file, or take its name "
-            "off the image list"
-        ) from error
-
-
-def read_mask(
-    path: str | os.PathLike[str], num_classes: int, size: tuple[int, int] | None = None
-) -> NDArray[np.uint8]:
-    """Decode a class mask, a palette or grey PNG whose stored values are the classes.
-
-    Args:
-        path: the mask file.
-        num_classes: C, the number of foreground classes.
-        size: (H, W) the mask must have, the size of its image; None accepts any.
-
-    Returns:
-        (H, W) uint8 with 0 (background), 1..C and 255 (void).
-
-    Raises:
-        DatasetError: missing or broken file, colours instead of class numbers, another size
-            than the image, or values outside 0..C and 255.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            mode = image.mode
-            if mode not in ("P", "L", "1") and not mode.startswith("I"):
-                raise DatasetError(
-                    f"{path}: mask has mode {mode}, expected class numbers 0..{num_classes} and "
-                    f"{VOID} in a palette or grey PNG; convert its colours to class numbers"
-                )
-            mask = np.array(image)
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such mask file") from None
-    except DatasetError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: cannot decode the mask ({error}); replace it") from error
-    if size is not None and mask.shape != size:
-        raise DatasetError(_size_problem(path, mask.shape, size))
-    wrong = mask[(mask > num_classes) & (mask != VOID)]
-    if wrong.size:
-        values = sorted({int(value) for value in np.unique(wrong)})
-        shown = ", ".join(map(str, values[:_SHOWN])) + (", ..." if len(values) > _SHOWN else "")
-        raise DatasetError(
-            f"{path}: mask holds the values {shown}, allowed are 0..{num_classes} and {VOID}; "
-            "map them to classes, or list the missing classes in classes.txt"
-        )
-    return mask.astype(np.uint8)
-
-
-def _size_problem(
-    path: str | os.PathLike[str], found: tuple[int, ...], expected: tuple[int, int]
-) -> str:
-    return (
-        f"{path}: mask is {found[1]}x{found[0]} but its image is {expected[1]}x{expected[0]} "
-        "(width x height); replace the mask by the one of this image"
-    )
-
-
-def _inspect_image(path: Path) -> tuple[tuple[int, int] | None, str | None]:
-    """Look at an image without decoding it: ``((H, W), None)`` or ``(None, problem)``."""
-    try:
-        with path.open("rb") as file:
-            if not file.read(1):
-                return None, f"{path}: empty file (0 bytes); fetch it again"
-            file.seek(0)
-            with Image.open(file) as image:
-                size, marker = (image.height, image.width), _END_MARKERS.get(image.format or "")
-                file.seek(-12, os.SEEK_END)
-                complete = marker is not None and file.read().endswith(marker)
-        if not complete:
-            read_rgb(path)
-    except DatasetError as error:
-        return None, str(error)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return None, f"{path}: not a readable image ({error}); replace the file"
-    return size, None
 
 
 # ----------------------------------------------------------------------------------- lists
@@ -358,7 +215,7 @@ class VOC:
             below += sorted(path.parent for path in root.glob("*/*/JPEGImages"))
             hint = f"\nDid you mean data.root={below[0]} ?" if below else ""
             raise DatasetError(
-                f"'{root}' is not a whole VOC tree; missing:\n{_summary(missing)}{hint}"
+                f"'{root}' is not a whole VOC tree; missing:\n{summary(missing)}{hint}"
             )
 
     def _read_classes(self) -> tuple[str, ...]:
@@ -383,7 +240,7 @@ class VOC:
             path = folder / f"{self.split}.txt"
             if not path.is_file():
                 there = sorted(file.stem for file in folder.glob("*.txt"))
-                nearest = _nearest(self.split, there) if there else "the folder holds no list"
+                close = nearest(self.split, there) if there else "the folder holds no list"
                 hint = ""
                 if self.split == "train_aug":
                     hint = (
@@ -392,7 +249,7 @@ class VOC:
                     )
                 raise DatasetError(
                     f"{path}: no such image list; there are: {', '.join(there) or 'none'} "
-                    f"({nearest}){hint}"
+                    f"({close}){hint}"
                 )
             source, listed = str(path), _read_names(path)
         elif isinstance(names, (str, os.PathLike)):
@@ -409,7 +266,7 @@ class VOC:
             twice = [name for name in listed if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
             raise DatasetError(
                 f"{source}: images listed more than once; remove the repeated lines:\n"
-                + _summary(twice)
+                + summary(twice)
             )
         return listed
 
@@ -432,7 +289,7 @@ class VOC:
                 ".jpeg or .png)"
             )
             return record
-        size, record.bad_image = _inspect_image(record.image)
+        size, record.bad_image = inspect_image(record.image)
         if size is None:
             return record
         record.size = size
@@ -471,7 +328,7 @@ class VOC:
                 record.present.add(self._class_index[name])
             else:
                 record.problems.append(
-                    f"{path}: unknown class '{name}', {_nearest(name, self.classes)}"
+                    f"{path}: unknown class '{name}', {nearest(name, self.classes)}"
                 )
 
     def _labels_from_mask(self, record: _Record, path: Path) -> None:
@@ -495,7 +352,7 @@ class VOC:
             record.problems.append(f"{record.mask}: not a readable mask ({error}); replace it")
             return
         if found != record.size:
-            record.problems.append(_size_problem(record.mask, found, record.size))
+            record.problems.append(size_problem(record.mask, found, record.size))
 
     def _report(
         self, records: list[_Record], on_bad_image: str, skip_unlabelled: bool
@@ -508,20 +365,20 @@ class VOC:
         if problems:
             hint = "\ndata.on_bad_image=skip leaves unusable images out." if bad else ""
             raise DatasetError(
-                f"{_count(len(problems), 'problem')} in split '{self.split}' of {self.root}:\n"
-                f"{_summary(problems)}{hint}"
+                f"{count(len(problems), 'problem')} in split '{self.split}' of {self.root}:\n"
+                f"{summary(problems)}{hint}"
             )
         if bad:
             rank_zero_warn(
-                f"split '{self.split}': left out {len(bad)} of {_count(len(records), 'image')}:\n"
-                + _summary(bad)
+                f"split '{self.split}': left out {len(bad)} of {count(len(records), 'image')}:\n"
+                + summary(bad)
             )
         kept = [record for record in records if record.bad_image is None]
         unlabelled = [record.name for record in kept if not record.present]
         if skip_unlabelled and unlabelled:
             rank_zero_warn(
-                f"split '{self.split}': left out {_count(len(unlabelled), 'image')} without any "
-                f"labelled class:\n{_summary(unlabelled)}"
+                f"split '{self.split}': left out {count(len(unlabelled), 'image')} without any "
+                f"labelled class:\n{summary(unlabelled)}"
             )
             kept = [record for record in kept if record.present]
         if not kept:
