@@ -13,6 +13,9 @@ import pytest
 from PIL import Image
 
 from wsss.data import shapes
+from wsss.data.images import VOID
+from wsss.data.shapes import difficulty
+from wsss.data.shapes import tree as tree_module
 
 SMALL: dict[str, Any] = {"train": 12, "val": 6, "image_size": 64, "seed": 3}
 
@@ -47,7 +50,7 @@ def names_of(sample: shapes.Sample) -> set[str]:
 
 
 def classes_in(mask: np.ndarray) -> set[str]:
-    return {shapes.CLASSES[value - 1] for value in np.unique(mask) if 0 < value < shapes.VOID}
+    return {shapes.CLASSES[value - 1] for value in np.unique(mask) if 0 < value < VOID}
 
 
 # --- the tree --------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def test_masks_are_palette_pngs_and_agree_with_the_annotations(tree: Path) -> No
         # black, maroon, green, olive ... and cream for void: PASCAL VOC's own colours
         assert palette[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
         assert palette[-3:] == [224, 224, 192]
-        assert set(np.unique(mask)) <= {*range(len(shapes.CLASSES) + 1), shapes.VOID}
+        assert set(np.unique(mask)) <= {*range(len(shapes.CLASSES) + 1), VOID}
         annotation = ET.parse(tree / "Annotations" / f"{path.stem}.xml").getroot()
         assert annotation.findtext("filename") == f"{path.stem}.jpg"
         assert annotation.findtext("size/width") == "64"
@@ -147,7 +150,7 @@ def test_refuses_a_root_with_other_parameters(tree: Path, change: dict[str, int]
 def test_refuses_a_root_drawn_with_other_constants(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shapes, "COEXISTENCE", 0.5)
+    monkeypatch.setattr(difficulty, "COEXISTENCE", 0.5)
     with pytest.raises(FileExistsError, match=r"coexistence: [\d.]+ there, 0.5 asked for"):
         shapes.generate(tree, **SMALL)
 
@@ -193,7 +196,7 @@ def test_interruption_leaves_nothing(
             raise error
         return draw(number, image_size, seed)
 
-    monkeypatch.setattr(shapes, "render", interrupted)
+    monkeypatch.setattr(tree_module, "render", interrupted)
     with pytest.raises(error):
         shapes.generate(tmp_path / "deep" / "tree", train=6, val=1, image_size=32)
     assert list((tmp_path / "deep").iterdir()) == []
@@ -205,15 +208,15 @@ def test_interruption_leaves_nothing(
 def test_another_process_finishing_first_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, write = tmp_path / "tree", shapes._write_voc
+    root, write = tmp_path / "tree", tree_module._write_voc
     arguments: dict[str, Any] = {"train": 2, "val": 1, "image_size": 32}
 
     def raced(partial: Path, *rest: Any) -> None:
-        monkeypatch.setattr(shapes, "_write_voc", write)
+        monkeypatch.setattr(tree_module, "_write_voc", write)
         shapes.generate(root, **arguments)
         write(partial, *rest)
 
-    monkeypatch.setattr(shapes, "_write_voc", raced)
+    monkeypatch.setattr(tree_module, "_write_voc", raced)
     shapes.generate(root, **arguments)
     assert [p.name for p in tmp_path.iterdir()] == ["tree"]
 
@@ -258,15 +261,15 @@ def test_every_labelled_object_can_be_seen(samples: list[shapes.Sample]) -> None
             value = shapes.CLASSES.index(thing.name) + 1
             x0, y0, x1, y1 = thing.box
             inside = (sample.mask == value)[y0 : y1 + 1, x0 : x1 + 1]
-            assert inside.mean() * inside.size / sample.mask.size >= shapes.MIN_VISIBLE_AREA
-            assert thing.area >= shapes.MIN_VISIBLE_AREA
+            assert inside.mean() * inside.size / sample.mask.size >= difficulty.MIN_VISIBLE_AREA
+            assert thing.area >= difficulty.MIN_VISIBLE_AREA
 
 
 def test_void_is_a_thin_border(samples: list[shapes.Sample]) -> None:
-    share = np.mean([(sample.mask == shapes.VOID).mean() for sample in samples])
+    share = np.mean([(sample.mask == VOID).mean() for sample in samples])
     assert 0 < share < 0.06
     for sample in samples[:50]:
-        void = sample.mask == shapes.VOID
+        void = sample.mask == VOID
         solid = void[:-2, 1:-1] & void[2:, 1:-1] & void[1:-1, :-2] & void[1:-1, 2:]
         assert (solid & void[1:-1, 1:-1]).mean() < 0.01
 
@@ -286,7 +289,7 @@ def test_sizes_vary_and_objects_overlap(samples: list[shapes.Sample]) -> None:
 def test_discriminative_parts_are_small(samples: list[shapes.Sample]) -> None:
     things = [t for s in samples for t in s.objects]
     fractions = [t.part_fraction for t in things if t.name in shapes.BEASTS]
-    low, high = shapes.PART_FRACTION
+    low, high = difficulty.PART_FRACTION
     assert low < np.median(fractions) < high
     assert np.quantile(fractions, 0.9) < 0.3  # occlusion of the body raises the fraction
     assert {t.part_fraction for t in things if t.name not in shapes.BEASTS} == {0.0}
@@ -309,9 +312,9 @@ def test_coexistence(many: list[shapes.Sample], name: str, context: str) -> None
     with_class = [context in s.contexts for s in many if name in names_of(s)]
     without = [context in s.contexts for s in many if name not in names_of(s)]
     # About 140 images: four standard deviations of a share.
-    spread = 4 * (shapes.COEXISTENCE * (1 - shapes.COEXISTENCE) / len(with_class)) ** 0.5
-    assert abs(np.mean(with_class) - shapes.COEXISTENCE) < spread
-    assert 0 < np.mean(without) < 2 * shapes.CONTEXT_ALONE
+    spread = 4 * (difficulty.COEXISTENCE * (1 - difficulty.COEXISTENCE) / len(with_class)) ** 0.5
+    assert abs(np.mean(with_class) - difficulty.COEXISTENCE) < spread
+    assert 0 < np.mean(without) < 2 * difficulty.CONTEXT_ALONE
 
 
 def test_context_is_background_next_to_the_object(samples: list[shapes.Sample]) -> None:
@@ -346,18 +349,18 @@ def test_lizards_resemble_foliage(samples: list[shapes.Sample]) -> None:
 
 
 def test_knobs_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "COEXISTENCE", 0.0)
-    monkeypatch.setattr(shapes, "CONTEXT_ALONE", 0.0)
-    monkeypatch.setattr(shapes, "PART_FRACTION", (0.3, 0.3))
-    monkeypatch.setattr(shapes, "VOID_BORDER", False)
+    monkeypatch.setattr(difficulty, "COEXISTENCE", 0.0)
+    monkeypatch.setattr(difficulty, "CONTEXT_ALONE", 0.0)
+    monkeypatch.setattr(difficulty, "PART_FRACTION", (0.3, 0.3))
+    monkeypatch.setattr(difficulty, "VOID_BORDER", False)
     drawn = [shapes.render(number, 32, seed=1) for number in range(60)]
     assert not any(sample.contexts for sample in drawn)
-    assert not any((sample.mask == shapes.VOID).any() for sample in drawn)
+    assert not any((sample.mask == VOID).any() for sample in drawn)
     fractions = [t.part_fraction for s in drawn for t in s.objects if t.part_fraction]
     assert np.median(fractions) > 0.25
 
 
 def test_impossible_placement_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "MIN_VISIBLE_AREA", 0.9)
+    monkeypatch.setattr(difficulty, "MIN_VISIBLE_AREA", 0.9)
     with pytest.raises(RuntimeError, match=r"no visible placement .* lower MIN_VISIBLE_AREA"):
         shapes.render(1, 32)
