@@ -172,6 +172,10 @@ def test_cosa_is_compared_with_its_bounds() -> None:
 def test_titles() -> None:
     runs = [run("cosa"), run("cosa", 1), run("cam")]
     assert run_titles(runs, None) == ["cosa seed 0", "cosa seed 1", "cam"]
+    bounds = [run("cosa"), run("cam"), run("supervised")]
+    for bound in bounds[1:]:
+        bound.content["name"] = "shapes"
+    assert run_titles(bounds, None) == ["cosa", "shapes cam", "shapes supervised"]
     assert run_titles(runs, ["a", "b", "c"]) == ["a", "b", "c"]
     with pytest.raises(UserError, match="titles has 1 names, runs stands for 3"):
         run_titles(runs, ["a"])

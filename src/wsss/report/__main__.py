@@ -203,11 +203,16 @@ def run_titles(runs: Sequence[Run], titles: ListConfig | Sequence[str] | None) -
         if len(titles) != len(runs):
             raise UserError(f"titles has {len(titles)} names, runs stands for {len(runs)} runs.")
         return [str(title) for title in titles]
-    names = [run.name for run in runs]
-    return [
-        name if names.count(name) == 1 else f"{name} seed {run.seed}"
-        for name, run in zip(names, runs, strict=True)
-    ]
+    result = []
+    for run in runs:
+        alike = [other for other in runs if other.name == run.name]
+        if len(alike) == 1:
+            result.append(run.name)
+        elif [other.method for other in alike].count(run.method) == 1:
+            result.append(f"{run.name} {run.method}")
+        else:
+            result.append(f"{run.name} seed {run.seed}")
+    return result
 
 
 def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
@@ -314,7 +319,10 @@ def _mean(group: Sequence[Run], name: str) -> float | None:
 
 
 def _label(group: Sequence[Run]) -> str:
-    return group[0].name + (f" (mean of {len(group)})" if len(group) > 1 else "")
+    name = (
+        group[0].name if group[0].method in group[0].name else f"{group[0].name} {group[0].method}"
+    )
+    return name + (f" (mean of {len(group)})" if len(group) > 1 else "")
 
 
 # --- pictures ------------------------------------------------------------------------------
