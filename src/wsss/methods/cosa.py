@@ -118,7 +118,7 @@ class CoSA(Method):
         raw: bool = True,
         raw_alpha: float = 0.8,
         raw_beta: float = 1.0,
-        balanced: bool = False,
+        balanced: bool = True,
         spl_temperature: float = 0.01,
         s2c_relu: bool = False,
         csc_max_perplexity: float = 1.0,

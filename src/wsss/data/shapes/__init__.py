@@ -10,7 +10,7 @@ constants of :mod:`wsss.data.shapes.difficulty`):
   them apart for sure. Their body tints hint at the class: each has its own, but with probability
   ``TINT_OVERLAP`` a beast wears that of any of the four.
 - ``boat``, ``train``: **coexistence.** With probability ``COEXISTENCE`` the object sits on water
-  (on rails), which is background and hardly ever seen without it (``CONTEXT_ALONE``). The colours
+  (on rails), which is background; of the other images, few show it (``CONTEXT_ALONE``). The colours
   of boat and train vary (``LIVERY_HUES``), those of the context hardly do.
 - ``lizard``: **camouflage.** Its texture is mixed with that of the foliage background
   (``TEXTURE_SIMILARITY``), which it is put on with probability ``CAMOUFLAGE``.

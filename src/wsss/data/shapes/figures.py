@@ -73,7 +73,7 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> Floats:
     return _polygon((x0, y0), (x1, y0), (x1, y1), (x0, y1))
 
 
-# Head patches: the pattern and its two colours. Nothing else of a beast is peculiar to its class.
+# Head patches: the pattern and its two colours. They alone name a beast for sure; tints only hint.
 _HEADS: dict[str, tuple[Callable[[Floats, Floats], Floats], Color, Color]] = {
     "fox": (lambda u, v: wave(u / 0.055), hsv(6, 0.85, 0.78), hsv(20, 0.12, 1.0)),
     "lynx": (lambda u, v: checks(u, v, 0.07), hsv(52, 0.9, 0.95), hsv(225, 0.9, 0.6)),
