@@ -19,6 +19,6 @@ def test_attention_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             results[limit] = encoder(images)[0].float()
         assert encoder.vit.blocks[0].attn.fused_attn is (limit == 0)
-    torch.testing.assert_close(results[0], results[1], rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(results[0], results[1024], rtol=3e-2, atol=3e-2)
     encoder(images)
     assert encoder.vit.blocks[0].attn.fused_attn is True  # fp32 keeps the fused kernel
