@@ -28,6 +28,21 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _leave_shared_data_alone(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Manifests of the real data go into a temporary folder, those of all other beside it."""
+    monkeypatch.delenv("WSSS_CACHE", raising=False)
+    if "shared_dir" in request.fixturenames:
+        monkeypatch.setenv("WSSS_CACHE", str(request.getfixturevalue("_cache")))
+
+
+@pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny generated VOC tree: 24 training and 6 validation images of 64 pixels."""
     from wsss.data.shapes import generate

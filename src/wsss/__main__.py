@@ -8,6 +8,7 @@ import sys
 from wsss import __version__
 
 COMMANDS = {
+    "prepare": "check a data set, build what is missing, count what it holds",
     "train": "train a method",
     "evaluate": "score a checkpoint under every protocol",
     "report": "one table and picture of finished runs",

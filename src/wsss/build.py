@@ -10,6 +10,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from wsss.data.datamodule import WSSSDataModule
+from wsss.data.layout import Layout
 from wsss.errors import UserError
 from wsss.methods.base import CHECKPOINT_KEY, Method
 from wsss.nn import WSSSNetwork
@@ -21,6 +22,33 @@ def build_data(cfg: DictConfig, load_masks: bool = False) -> WSSSDataModule:
     Raises:
         UserError: what the constructor finds wrong.
     """
+    data = _data_settings(cfg)
+    with _readable():
+        if load_masks:
+            data["load_masks"] = True
+        return cast(WSSSDataModule, hydra.utils.instantiate(data, _convert_="all"))
+
+
+def build_layout(cfg: DictConfig, download: bool = False) -> Layout:
+    """The data set of ``cfg.data`` as it lies on disk, fetched first if ``download`` says so.
+
+    Raises:
+        UserError: what the constructor finds wrong, or a download that fails or does not exist.
+    """
+    data = _data_settings(cfg)
+    with _readable():
+        if download:
+            options = {k: v for k, v in data["dataset"].items() if not k.startswith("_")}
+            kind = hydra.utils.get_object(data["dataset"]["_target_"])
+            if not isinstance(kind, type):
+                raise UserError("download=true: this data set is generated, not fetched.")
+            data["root"] = cast(type[Layout], kind).download(data["root"], **options)
+        dataset = hydra.utils.instantiate(data["dataset"], _convert_="all")
+        return cast(Layout, dataset(root=data["root"]))
+
+
+def _data_settings(cfg: DictConfig) -> dict[str, Any]:
+    """``cfg.data`` as plain containers, a generated data set written."""
     if "_target_" not in cfg.data:
         raise UserError(
             "data=from_checkpoint is for commands that read a checkpoint: choose voc, shapes ..."
@@ -31,13 +59,11 @@ def build_data(cfg: DictConfig, load_masks: bool = False) -> WSSSDataModule:
             "data.root=/data/VOCdevkit/VOC2012."
         )
     data = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
+    generate = data.pop("generate", None)
     with _readable():
-        generate = data.pop("generate", None)
         if generate is not None:
             hydra.utils.instantiate(generate)(root=data["root"])
-        if load_masks:
-            data["load_masks"] = True
-        return cast(WSSSDataModule, hydra.utils.instantiate(data, _convert_="all"))
+    return data
 
 
 def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) -> WSSSNetwork:

@@ -57,6 +57,11 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     check_classes(checkpoint, data.classes, str(path))
+    if not data.has_masks:
+        raise UserError(
+            f"split '{data.val_split}' of {data.root} has no masks: there is nothing to score. "
+            "Choose another with data.val_split=..."
+        )
     method = load_method(run, checkpoint, data.classes, path)
 
     trainer = L.Trainer(

@@ -18,7 +18,6 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from wsss.build import build_data, build_method, build_network, method_class
@@ -79,8 +78,14 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     if trainer.is_global_zero:
         keep_best(output_dir / "checkpoints", trainer, method.monitor)
         write_scores(output_dir / "scores.json", method)
-        print_scores(method)
-        rank_zero_info(f"Run folder: {output_dir}")
+        if data.has_masks:
+            print_scores(method)
+        else:
+            print(
+                f"Split '{data.val_split}' has no masks, so nothing was scored and best.ckpt is "
+                "last.ckpt; look at the pictures."
+            )
+        print(f"Run folder: {output_dir}")
     return {k: v for k, v in scores.items() if k.split("/")[0] in method.network_names}
 
 
@@ -139,12 +144,15 @@ def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer
 
 
 def keep_best(folder: Path, trainer: L.Trainer, monitor: str) -> None:
-    """Make ``last.ckpt`` the best one if the final evaluation says so, or if none was kept."""
+    """Make ``last.ckpt`` the best one if the final evaluation says so or cannot say, or if none was
+    kept."""
     best = next(
         (c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor == monitor),  # type: ignore[attr-defined]
         None,
     )
     score = trainer.callback_metrics[monitor]
+    if score.isnan():  # nothing to score by: no masks
+        best = None
     if best is None or best.best_model_score is None or score > best.best_model_score.cpu():
         part = folder / ".best.ckpt.part"
         shutil.copyfile(folder / "last.ckpt", part)

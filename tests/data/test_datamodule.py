@@ -18,6 +18,7 @@ from PIL import Image
 from wsss.data.batch import Batch, EvalBatch
 from wsss.data.datamodule import WSSSDataModule
 from wsss.data.images import DatasetError
+from wsss.data.layout import Split
 from wsss.data.order import image_index, sample_rng
 from wsss.data.views import TwoViews
 from wsss.data.voc import VOC
@@ -27,16 +28,18 @@ TRAIN, VAL = 7, 11
 
 
 class InMemory:
-    """A data set of random images, its arguments as the data module passes them."""
+    """Random images of one split; remembers how the data module opened it."""
 
-    def __init__(self, root: str, split: str, load_masks: bool, skip_unlabelled: bool) -> None:
+    def __init__(self, split: str, *arguments: Any) -> None:
         size = TRAIN if split == "train_aug" else VAL
         self.classes: tuple[str, ...] = ("one", "two", "three")
         self.names = [f"{split}{i}" for i in range(size)]
         rng = np.random.default_rng(size)
         self.labels = rng.integers(0, 2, (size, 3)).astype(np.float32)
         self.shapes = [(20 + i, 30 - i) for i in range(size)]
-        self.arguments = (root, split, load_masks, skip_unlabelled)
+        self.groups = [""] * size
+        self.has_masks = True
+        self.arguments = (split, *arguments)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -50,7 +53,19 @@ class InMemory:
         return rng.integers(0, 4, self.shapes[index], dtype=np.uint8)
 
 
-def make(trainer: Any = None, dataset: Any = InMemory, **arguments: Any) -> WSSSDataModule:
+class InMemorySource:
+    """A data set of random images."""
+
+    kind: type[InMemory] = InMemory
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def open(self, split: str, purpose: str, on_error: str, min_side: int) -> InMemory:
+        return self.kind(split, self.root, purpose, on_error, min_side)
+
+
+def make(trainer: Any = None, dataset: Any = InMemorySource, **arguments: Any) -> WSSSDataModule:
     settings: dict[str, Any] = {"batch_size": 4, "num_workers": 0, "seed": 5, "eval_size": 16}
     module = WSSSDataModule(dataset, "somewhere", TwoViews(24), **{**settings, **arguments})
     module.trainer = trainer
@@ -112,7 +127,7 @@ def test_training_batch() -> None:
 
 
 def test_labels_and_names_belong_to_the_image() -> None:
-    data = InMemory("", "train_aug", False, True)
+    data = InMemory("train_aug")
     for batch in make(fake_trainer(max_steps=5)).train_dataloader():
         for i, number in enumerate(batch.index.tolist()):
             index = image_index(5, number, TRAIN)
@@ -122,7 +137,7 @@ def test_labels_and_names_belong_to_the_image() -> None:
 
 def test_views_are_those_of_the_global_sample_number() -> None:
     """Not of the image: it looks different in every epoch."""
-    data, view = InMemory("", "train_aug", False, True), TwoViews(24)
+    data, view = InMemory("train_aug"), TwoViews(24)
     for batch in make(fake_trainer(max_steps=4)).train_dataloader():
         for i, number in enumerate(batch.index.tolist()):
             pair = view(data.load_image(image_index(5, number, TRAIN)), sample_rng(5, number))
@@ -142,9 +157,9 @@ def test_masks_are_read_only_when_asked_for() -> None:
     module = make(fake_trainer())
     assert next(iter(module.train_dataloader())).mask is None
     assert module.train_images is not None
-    assert module.train_images.arguments == ("somewhere", "train_aug", False, True)  # type: ignore[attr-defined]
+    assert module.train_images.arguments == ("train_aug", "somewhere", "train", "raise", 16)  # type: ignore[attr-defined]
     assert module.val_images is not None
-    assert module.val_images.arguments == ("somewhere", "val", True, False)  # type: ignore[attr-defined]
+    assert module.val_images.arguments == ("val", "somewhere", "evaluate", "raise", 16)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -205,7 +220,7 @@ def test_transfer_hook_makes_floats_and_leaves_the_rest() -> None:
 
 def test_evaluation_batch() -> None:
     module = make(eval_batch_size=3)
-    data = InMemory("", "val", True, False)
+    data = InMemory("val")
     batches = list(module.val_dataloader())
     assert [len(batch.names) for batch in batches] == [3, 3, 3, 2]
     batch = batches[0]
@@ -286,13 +301,16 @@ def test_numbers_out_of_range(argument: dict[str, int]) -> None:
 
 def test_splits_with_other_classes() -> None:
     class Renamed(InMemory):
-        def __init__(self, **arguments: Any) -> None:
-            super().__init__(**arguments)
-            if arguments["split"] == "val":
+        def __init__(self, split: str, *arguments: Any) -> None:
+            super().__init__(split, *arguments)
+            if split == "val":
                 self.classes = ("one", "two", "four")
 
+    class RenamedSource(InMemorySource):
+        kind = Renamed
+
     with pytest.raises(UserError, match="different classes"):
-        make(dataset=Renamed).setup("fit")
+        make(dataset=RenamedSource).setup("fit")
 
 
 # --- with Lightning and files ----------------------------------------------------------------
@@ -367,7 +385,7 @@ def test_lightning_run_and_resume(tmp_path: Path, accumulate: int) -> None:
     everything = [list(range(i, i + micro)) for i in range(0, 24, micro)]
     assert whole.seen == everything
     assert whole.kinds == {torch.float32}
-    assert sorted(set(whole.evaluated)) == sorted(InMemory("", "val", True, False).names)
+    assert sorted(set(whole.evaluated)) == sorted(InMemory("val").names)
     assert len(whole.evaluated) == 3 * VAL
 
     first, checkpoint = run(tmp_path, 3, accumulate)
@@ -383,7 +401,7 @@ def write_tree(root: Path, broken: bool = False) -> None:
     for split, names in (("train_aug", "ab"), ("val", "cd")):
         (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
         for name in names:
-            image, mask = np.full((10, 12, 3), 60, np.uint8), np.full((10, 12), 3, np.uint8)
+            image, mask = np.full((20, 24, 3), 60, np.uint8), np.full((20, 24), 3, np.uint8)
             Image.fromarray(image).save(root / f"JPEGImages/{name}.jpg")
             if not (broken and name == "d"):
                 Image.fromarray(mask).save(root / f"SegmentationClassAug/{name}.png")
@@ -397,7 +415,9 @@ def test_config_files_make_a_data_module(tmp_path: Path) -> None:
     from hydra.utils import instantiate
 
     write_tree(tmp_path / "tree")
-    cfg = OmegaConf.create({"seed": 3, "data": config("data/voc"), "view": config("view/cosa")})
+    data = OmegaConf.merge(config("data/base"), config("data/voc"))
+    cfg = OmegaConf.create({"seed": 3, "data": data, "view": config("view/cosa")})
+    cfg.data.pop("defaults")
     cfg.data.root, cfg.data.num_workers = str(tmp_path / "tree"), 0
     module = instantiate(cfg.data)
     assert isinstance(module, WSSSDataModule)
@@ -406,14 +426,14 @@ def test_config_files_make_a_data_module(tmp_path: Path) -> None:
     assert module.view.__dict__ == TwoViews().__dict__  # the file says what the code does
     module.trainer = fake_trainer()
     assert next(iter(module.train_dataloader())).weak.shape == (4, 3, 448, 448)
-    assert isinstance(module.train_images, VOC)
+    assert isinstance(module.train_images, Split)
     assert [list(batch.names) for batch in module.val_dataloader()] == [["c"], ["d"]]
 
 
 def test_broken_tree_fails_in_setup(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", broken=True)
     module = WSSSDataModule(VOC, str(tmp_path / "tree"), TwoViews(8))
-    with pytest.raises(DatasetError, match=r"problem in split 'val'(.|\n)*no mask 'd\.png'"):
+    with pytest.raises(DatasetError, match=r"problem in split 'val'(.|\n)*d\.png: no such mask"):
         module.setup("fit")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from wsss.data import shapes
 from wsss.data.images import VOID
-from wsss.data.shapes import difficulty
+from wsss.data.shapes import difficulty, voc_tree
 from wsss.data.shapes import tree as tree_module
 
 SMALL: dict[str, Any] = {"train": 12, "val": 6, "image_size": 64, "seed": 3}
@@ -159,7 +159,9 @@ def test_refuses_a_root_with_files_missing(tmp_path: Path) -> None:
     root = tmp_path / "tree"
     shapes.generate(root, train=2, val=1, image_size=32)
     (root / "Annotations" / "shapes_000002.xml").unlink()
-    with pytest.raises(FileExistsError, match=r"lacks 1 of 3 files, such as shapes_000002; remove"):
+    with pytest.raises(
+        FileExistsError, match=r"lacks 1 of 12 files, such as Annot.*02\.xml; remove"
+    ):
         shapes.generate(root, train=2, val=1, image_size=32)
 
 
@@ -208,15 +210,15 @@ def test_interruption_leaves_nothing(
 def test_another_process_finishing_first_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, write = tmp_path / "tree", tree_module._write_voc
+    root, write = tmp_path / "tree", voc_tree.write
     arguments: dict[str, Any] = {"train": 2, "val": 1, "image_size": 32}
 
     def raced(partial: Path, *rest: Any) -> None:
-        monkeypatch.setattr(tree_module, "_write_voc", write)
+        monkeypatch.setattr(voc_tree, "write", write)
         shapes.generate(root, **arguments)
         write(partial, *rest)
 
-    monkeypatch.setattr(tree_module, "_write_voc", raced)
+    monkeypatch.setattr(voc_tree, "write", raced)
     shapes.generate(root, **arguments)
     assert [p.name for p in tmp_path.iterdir()] == ["tree"]
 
@@ -224,7 +226,7 @@ def test_another_process_finishing_first_is_accepted(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layout": "png"}, "layout='png' is unknown; valid values: voc"),
+        ({"layout": "png"}, "layout='png' is unknown; valid values: voc, coco, acdc, folder"),
         ({"train": 0}, "train=0 .*at least 1"),
         ({"train": 600_000}, "train=600000 .*at most 500000"),
         ({"val": 0}, "val=0 .*at least 1"),

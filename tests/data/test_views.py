@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from wsss.data import views
 from wsss.data.order import sample_rng
-from wsss.data.views import APPEARANCE, TwoViews, apply_appearance, resize_image, resize_mask
+from wsss.data.views import (
+    APPEARANCE,
+    TwoViews,
+    ViewPair,
+    apply_appearance,
+    resize_image,
+    resize_mask,
+    resize_part,
+)
 from wsss.errors import UserError
 
 HEIGHT, WIDTH, BLOCK = 160, 224, 16
@@ -43,6 +52,99 @@ def valid_part(view: np.ndarray, valid: np.ndarray) -> np.ndarray:
     assert valid[part].all()
     assert valid.sum() == valid[part].size
     return view[part]
+
+
+def by_pil(image: np.ndarray, name: str, u: float) -> np.ndarray:
+    """Table 10 as PIL does it."""
+    pil, factor = Image.fromarray(image), 0.05 + (0.95 - 0.05) * u
+    results = {
+        "identity": lambda: pil,
+        "autocontrast": lambda: ImageOps.autocontrast(pil),
+        "equalize": lambda: ImageOps.equalize(pil),
+        "solarize": lambda: ImageOps.solarize(pil, int(256 * u)),
+        "color": lambda: ImageEnhance.Color(pil).enhance(factor),
+        "contrast": lambda: ImageEnhance.Contrast(pil).enhance(factor),
+        "brightness": lambda: ImageEnhance.Brightness(pil).enhance(factor),
+        "sharpness": lambda: ImageEnhance.Sharpness(pil).enhance(factor),
+        "posterize": lambda: ImageOps.posterize(pil, 4 + int(5 * u)),
+    }
+    return np.asarray(results[name]())
+
+
+def slow_views(
+    view: TwoViews, image: np.ndarray, rng: np.random.Generator, mask: np.ndarray
+) -> ViewPair:
+    """The views in the plain order: resize the whole, mirror the whole, crop, blur, PIL."""
+    u = [float(x) for x in rng.random(8)]
+    ratio = view.scale[0] + (view.scale[1] - view.scale[0]) * u[0]
+    size = tuple(max(1, round(side * ratio)) for side in image.shape[:2])
+    full, full_mask = resize_image(image, *size), resize_mask(mask, *size)
+    if u[1] < view.flip:
+        full, full_mask = full[:, ::-1], full_mask[:, ::-1]
+    source, target = [], []
+    for side, crop, place in zip(size, view.crop_size, u[2:4], strict=True):
+        start, length = int(place * (abs(side - crop) + 1)), min(side, crop)
+        source.append(slice(start, start + length) if side >= crop else slice(0, side))
+        target.append(slice(0, crop) if side >= crop else slice(start, start + length))
+    part = np.ascontiguousarray(full[tuple(source)])
+    if u[4] < view.blur:
+        part = cv2.GaussianBlur(part, (0, 0), 0.1 + (2.0 - 0.1) * u[5])
+    inside = tuple(target)
+    weak, strong = (np.zeros((*view.crop_size, 3), np.uint8) for _ in range(2))
+    valid, crop_mask = np.zeros(view.crop_size, bool), np.full(view.crop_size, 255, np.uint8)
+    weak[inside] = part
+    strong[inside] = by_pil(part, view.appearance[int(u[6] * len(view.appearance))], u[7])
+    valid[inside] = True
+    crop_mask[inside] = full_mask[tuple(source)]
+    return ViewPair(weak, strong, valid, crop_mask)
+
+
+# --- the plain way ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        TwoViews(96),
+        TwoViews((50, 140), scale=(0.9, 3.0)),
+        TwoViews(64, scale=(0.2, 1.0), flip=1.0),
+        TwoViews(100, scale=(1.0, 1.0), flip=0.3, blur=1.0),
+    ],
+)
+def test_views_are_those_of_the_plain_way_bit_by_bit(view: TwoViews) -> None:
+    rng = np.random.default_rng(5)
+    for n in range(60):
+        height, width = rng.integers(1, 220, 2)
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        mask = rng.integers(0, 21, (height, width), dtype=np.uint8)
+        image.flags.writeable = mask.flags.writeable = False
+        fast = view(image, sample_rng(3, n), mask)
+        slow = slow_views(view, image, sample_rng(3, n), mask)
+        for field, result in fast._asdict().items():
+            np.testing.assert_array_equal(result, getattr(slow, field), err_msg=f"{field}, {n}")
+
+
+def test_part_of_a_resized_image_is_cut_from_the_whole() -> None:
+    rng = np.random.default_rng(6)
+    for n in range(300):
+        shape = rng.integers(1, 300, 2) if n % 5 else rng.integers(1, 6, 2)
+        image = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        height, width = (max(1, round(side * (0.3 + 2.7 * rng.random()))) for side in shape)
+        top, left = rng.integers(0, height), rng.integers(0, width)
+        rows = slice(int(top), int(rng.integers(top, height)) + 1)
+        columns = slice(int(left), int(rng.integers(left, width)) + 1)
+        np.testing.assert_array_equal(
+            resize_part(image, height, width, rows, columns),
+            resize_image(image, height, width)[rows, columns],
+        )
+
+
+def test_stacked_views_are_channels_first_in_memory() -> None:
+    """The collate function's (B, 3, h, w) tensor then costs one plain copy."""
+    pair = TwoViews(32)(textured_image(), sample_rng(0, 0))
+    stacked = np.stack([pair.weak, pair.strong])
+    assert stacked.shape == (2, 32, 32, 3)
+    assert stacked.transpose(0, 3, 1, 2).flags.c_contiguous
 
 
 # --- geometry --------------------------------------------------------------------------------
@@ -94,6 +196,25 @@ def test_mask_follows_the_image_pixel_by_pixel() -> None:
         assert off_x.max() <= BLOCK / 2 + 0.5
         assert off_y.max() <= BLOCK / 2 + 0.5
         assert (off_x <= BLOCK / 2).mean() > 0.95
+
+
+@pytest.mark.parametrize("name", APPEARANCE)
+def test_strong_weak_and_mask_agree_on_where_every_pixel_comes_from(name: str) -> None:
+    """At scale 1 exactly: the weak view says the place, and its mask and strong view follow."""
+    view = TwoViews((120, 300), scale=(1, 1), blur=0, appearance=[name])
+    image, mask = coordinate_image(), block_mask()
+    flips = set()
+    for n in range(12):
+        pair = view(image, sample_rng(2, n), mask)
+        x, y = pair.weak[pair.valid][:, :2].T.astype(int)
+        assert pair.mask is not None
+        np.testing.assert_array_equal(pair.mask[pair.valid], mask[y, x])
+        np.testing.assert_array_equal(pair.weak[pair.valid], image[y, x])
+        part = np.ascontiguousarray(valid_part(pair.weak, pair.valid))
+        u = float(sample_rng(2, n).random(8)[7])
+        np.testing.assert_array_equal(valid_part(pair.strong, pair.valid), by_pil(part, name, u))
+        flips.add(bool(part[0, 0, 0] > part[0, 1, 0]))
+    assert flips == {True, False}
 
 
 def test_mask_values_are_never_mixed() -> None:
@@ -278,6 +399,34 @@ def test_appearance_is_within_one_grey_level(name: str, u: float) -> None:
     result = apply_appearance(image, name, u)
     assert result.dtype == np.uint8
     assert np.abs(result.astype(float) - expected(image, name, u)).max() <= 1
+
+
+@pytest.mark.parametrize("name", APPEARANCE)
+def test_appearance_is_pils_bit_by_bit(name: str) -> None:
+    rng = np.random.default_rng(7)
+    images = [
+        rng.integers(0, 256, (90, 70, 3), dtype=np.uint8),
+        rng.integers(100, 120, (40, 50, 3), dtype=np.uint8),  # little contrast
+        rng.integers(0, 256, (1, 1, 3), dtype=np.uint8) + np.zeros((9, 8, 1), np.uint8),  # none
+        np.indices((256, 256, 3)).sum(0).astype(np.uint8),  # every value beside its neighbours
+    ]
+    images += [rng.integers(0, 256, (*s, 3), dtype=np.uint8) for s in ((1, 1), (2, 9), (9, 1))]
+    for image in images:
+        for u in (0.0, 0.5, 0.9999, *rng.random(6)):
+            result = apply_appearance(image, name, u)
+            np.testing.assert_array_equal(result, by_pil(image, name, u), err_msg=f"{u}")
+
+
+def test_blend_with_any_grey_is_pils() -> None:
+    """Every mean that contrast may find, every value, many strengths."""
+    values = np.arange(256, dtype=np.uint8)[None]
+    for factor in 0.05 + 0.9 * np.random.default_rng(8).random(8):
+        for grey in range(256):
+            base = Image.new("L", (256, 1), grey)
+            expected_row = np.asarray(Image.blend(base, Image.fromarray(values), factor))
+            np.testing.assert_array_equal(
+                views._blend_with(values, grey, float(factor)), expected_row
+            )
 
 
 @pytest.mark.parametrize(

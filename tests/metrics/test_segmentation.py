@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle import metrics as oracle
-from wsss.metrics import SegmentationScores
+from wsss.metrics import GroupDice, SegmentationScores
 
 PER_CLASS = ["iou", "precision", "recall", "confusion_ratio", "dice"]
 SHAPES = {"batch": (2, 9, 7), "one_mask": (6, 8), "flat": (50,), "one_pixel": (1, 1)}
@@ -193,3 +193,20 @@ def test_unknown_prediction_values_are_refused(value: int, target: int) -> None:
     """They must not land in the count of another pair of classes."""
     with pytest.raises(ValueError, match=r"0\.\.2"):
         SegmentationScores(3).update(torch.tensor([value]), torch.tensor([target]))
+
+
+def test_dice_of_groups() -> None:
+    """Each group by itself, whatever the order in which its masks come; NaN where a class is
+    neither in a group's targets nor in its predictions."""
+    classes, owners = 4, [0, 2, 0, 1, 2]
+    pairs = [_maps((12, 9), classes if owner else 3, seed) for seed, owner in enumerate(owners)]
+    dice, scores = GroupDice(classes, 3), SegmentationScores(classes)
+    for (prediction, target), owner in zip(pairs, owners, strict=True):
+        dice.update(scores.count(prediction, target), owner)
+    found = dice.compute()
+    for group in range(3):
+        own = [pair for pair, owner in zip(pairs, owners, strict=True) if owner == group]
+        expected = oracle.segmentation_scores(own, classes)["dice"]
+        assert found[group].tolist() == pytest.approx(expected, nan_ok=True)
+    assert math.isnan(found[0, 3])
+    assert not scores.matrix.any()  # counting for a group leaves the whole alone

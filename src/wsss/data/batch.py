@@ -56,14 +56,18 @@ class EvalBatch:
     Attributes:
         images: (B, 3, S, S) RGB, uint8 from the workers, float in [0, 1] after transfer.
         labels: (B, C) float, the image labels; only ``given_tags`` and ``cpl`` scores read them.
-        masks: B tensors (H_i, W_i) int64 with 0..C and 255, each at the image's native size.
+        masks: B tensors (H_i, W_i) int64 with 0..C and 255, each at the image's native size; of
+            data without masks, all 255.
         names: image names.
+        groups: (B,) int64, index of what each image belongs to (a patient) in the data module's
+            ``groups``; None for data without groups.
     """
 
     images: Tensor
     labels: Tensor
     masks: list[Tensor]
     names: Sequence[str]
+    groups: Tensor | None = None
 
     def pin_memory(self) -> EvalBatch:
         """Page-locked copy; called by ``DataLoader(pin_memory=True)``."""
@@ -72,6 +76,7 @@ class EvalBatch:
             self.labels.pin_memory(),
             [mask.pin_memory() for mask in self.masks],
             self.names,
+            self.groups,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import cv2
 import lightning
@@ -19,23 +19,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from wsss.data.batch import Batch, EvalBatch, to_unit_range
+from wsss.data.images import VOID
+from wsss.data.layout import Purpose
 from wsss.data.order import MicroBatchSampler, image_index, sample_rng
 from wsss.data.views import TwoViews, ViewPair, resize_image
 from wsss.errors import UserError
 
 
 class ImageSet(Protocol):
-    """What the data module needs of a data set; ``wsss.data.voc.VOC`` is one.
+    """What the samples need of an open split; :class:`wsss.data.layout.Split` is one.
 
     Attributes:
         classes: C foreground class names; class i has mask value i + 1.
         names: N image names.
         labels: (N, C) float32, 1 where the image holds the class.
+        groups: N names of what images belong together, such as a patient; "" for none.
+        has_masks: whether every image has a mask.
     """
 
     classes: tuple[str, ...]
     names: list[str]
     labels: NDArray[np.float32]
+    groups: list[str]
+    has_masks: bool
 
     def __len__(self) -> int: ...
 
@@ -44,6 +50,15 @@ class ImageSet(Protocol):
 
     def load_mask(self, index: int) -> NDArray[np.uint8]:
         """(H, W) uint8, 0..C and 255."""
+
+
+class Source(Protocol):
+    """A data set that can open its splits; every :class:`wsss.data.layout.Layout` is one."""
+
+    def open(
+        self, split: str, purpose: Purpose, on_error: Literal["raise", "skip"], min_side: int
+    ) -> ImageSet:
+        """See :meth:`wsss.data.layout.Layout.open`."""
 
 
 class _TrainSample(NamedTuple):
@@ -58,6 +73,7 @@ class _EvalSample(NamedTuple):
     labels: NDArray[np.float32]
     mask: NDArray[np.uint8]
     name: str
+    group: int  # -1: none
 
 
 class _TrainSamples(Dataset[_TrainSample]):
@@ -80,14 +96,20 @@ class _TrainSamples(Dataset[_TrainSample]):
 class _EvalSamples(Dataset[_EvalSample]):
     """Images at the evaluation size with masks at their own, by image index."""
 
-    def __init__(self, images: ImageSet, size: int) -> None:
+    def __init__(self, images: ImageSet, size: int, groups: Sequence[str]) -> None:
         self.images = images
         self.size = size
+        self.groups = {group: i for i, group in enumerate(groups)}
 
     def __getitem__(self, index: int) -> _EvalSample:
-        image = resize_image(self.images.load_image(index), self.size, self.size)
-        mask = self.images.load_mask(index)
-        return _EvalSample(image, self.images.labels[index], mask, self.images.names[index])
+        images = self.images
+        native = images.load_image(index)
+        image = resize_image(native, self.size, self.size)
+        # Without a mask every pixel is void: pictures are drawn, nothing is scored.
+        has_mask = images.has_masks
+        mask = images.load_mask(index) if has_mask else np.full(native.shape[:2], VOID, np.uint8)
+        group = self.groups.get(images.groups[index], -1)
+        return _EvalSample(image, images.labels[index], mask, images.names[index], group)
 
 
 def _to_chw(images: Sequence[NDArray[np.uint8]]) -> Tensor:
@@ -110,11 +132,13 @@ def collate_train(samples: Sequence[_TrainSample]) -> Batch:
 
 def collate_eval(samples: Sequence[_EvalSample]) -> EvalBatch:
     """Stack samples into an :class:`EvalBatch` (uint8 images, masks of different sizes)."""
+    groups = [sample.group for sample in samples]
     return EvalBatch(
         images=_to_chw([sample.image for sample in samples]),
         labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
         masks=[torch.from_numpy(sample.mask.astype(np.int64)) for sample in samples],
         names=[sample.name for sample in samples],
+        groups=torch.tensor(groups) if max(groups) >= 0 else None,
     )
 
 
@@ -128,9 +152,9 @@ class WSSSDataModule(lightning.LightningDataModule):
     """Training views and evaluation images of one data set.
 
     Args:
-        dataset: makes an :class:`ImageSet`; called with ``root``, ``split``, ``load_masks`` and
-            ``skip_unlabelled`` (a Hydra ``_partial_`` of ``wsss.data.voc.VOC``). It checks the
-            files, so a broken data set fails in :meth:`setup`, before the first step.
+        dataset: makes the :class:`Source` when called with ``root`` (a Hydra
+            ``_partial_`` of ``wsss.data.voc.VOC``, for example). Files are checked in
+            :meth:`setup`, so a broken data set fails before the first step.
         root: folder of the data set.
         view: makes the training views.
         train_split, val_split: splits of the data set.
@@ -143,6 +167,9 @@ class WSSSDataModule(lightning.LightningDataModule):
         load_masks: put masks into training batches (``method=supervised``). Evaluation always
             has them.
         max_val_images: evaluate on that many images, evenly spaced over the list; None for all.
+        on_error: ``raise`` stops at images that cannot be used and names them all; ``skip``
+            leaves them out, counted and named in a warning.
+        min_side: images whose shorter side has fewer pixels cannot be used.
 
     Raises:
         UserError: a number out of range; in :meth:`train_dataloader`, a global batch that does
@@ -151,7 +178,7 @@ class WSSSDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        dataset: Callable[..., ImageSet],
+        dataset: Callable[..., Source],
         root: str,
         view: TwoViews,
         train_split: str = "train_aug",
@@ -163,6 +190,8 @@ class WSSSDataModule(lightning.LightningDataModule):
         eval_batch_size: int = 1,
         load_masks: bool = False,
         max_val_images: int | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        min_side: int = 16,
     ) -> None:
         super().__init__()
         for key, value, least in (
@@ -172,6 +201,7 @@ class WSSSDataModule(lightning.LightningDataModule):
             ("eval_size", eval_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
             ("max_val_images", 1 if max_val_images is None else max_val_images, 1),
+            ("min_side", min_side, 1),
         ):
             if value < least:
                 raise UserError(f"data.{key}={value}: must be at least {least}")
@@ -187,6 +217,8 @@ class WSSSDataModule(lightning.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.load_masks = load_masks
         self.max_val_images = max_val_images
+        self.on_error = on_error
+        self.min_side = min_side
         self.train_images: ImageSet | None = None
         self.val_images: ImageSet | None = None
 
@@ -198,22 +230,20 @@ class WSSSDataModule(lightning.LightningDataModule):
                 (validation only), or None for both.
         """
         if stage in (None, "fit") and self.train_images is None:
-            self.train_images = self.dataset(
-                root=self.root,
-                split=self.train_split,
-                load_masks=self.load_masks,
-                skip_unlabelled=True,
-            )
+            purpose: Purpose = "train_masks" if self.load_masks else "train"
+            self.train_images = self._open(self.train_split, purpose)
         if self.val_images is None:
-            self.val_images = self.dataset(
-                root=self.root, split=self.val_split, load_masks=True, skip_unlabelled=False
-            )
+            self.val_images = self._open(self.val_split, "evaluate")
         train, val = self.train_images, self.val_images
         if train is not None and train.classes != val.classes:
             raise UserError(
                 f"splits '{self.train_split}' and '{self.val_split}' of {self.root} have different "
                 f"classes: {train.classes} and {val.classes}"
             )
+
+    def _open(self, split: str, purpose: Purpose) -> ImageSet:
+        source = self.dataset(root=self.root)
+        return source.open(split, purpose, self.on_error, self.min_side)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -226,6 +256,17 @@ class WSSSDataModule(lightning.LightningDataModule):
     def num_classes(self) -> int:
         """C, the number of foreground classes; known after :meth:`setup`."""
         return len(self.classes)
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of what evaluation images belong to (patients), sorted; empty for most data."""
+        images = self.val_images
+        return sorted({group for group in images.groups if group}) if images is not None else []
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether evaluation images have masks, so that there is something to score."""
+        return self.val_images is not None and self.val_images.has_masks
 
     def val_indices(self) -> list[int]:
         """List the indices into ``val_images`` that are evaluated, over all ranks."""
@@ -287,7 +328,7 @@ class WSSSDataModule(lightning.LightningDataModule):
             self._check_sampler_is_kept()
             indices = indices[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(
-            _EvalSamples(self.val_images, self.eval_size),
+            _EvalSamples(self.val_images, self.eval_size, self.groups),
             sampler=indices,
             batch_size=self.eval_batch_size,
             collate_fn=collate_eval,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from wsss.errors import UserError
 
@@ -58,18 +59,20 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         black = Image.new("RGB", layered.size)
         black.paste(layered, mask=layered.getchannel("A"))
         return np.array(black)
-    return np.array(image.convert("RGB"))
+    # convert() would copy an image that is RGB already.
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def read_rgb(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+def read_rgb(path: str | os.PathLike[str], exif: bool = False) -> NDArray[np.uint8]:
     """Decode an image file to RGB.
 
     Grey, palette and CMYK images are converted, 16-bit grey is scaled to 8 bits (65535 -> 255), and
-    transparent pixels are composited on black. The EXIF orientation is **not** applied: masks
-    and boxes of a data set refer to the pixels as stored.
+    transparent pixels are composited on black.
 
     Args:
         path: a file PIL can read.
+        exif: turn the image as its EXIF orientation says, as viewers do. The masks and boxes of
+            VOC, COCO and the like refer to the pixels as stored.
 
     Returns:
         (H, W, 3) uint8.
@@ -80,7 +83,7 @@ def read_rgb(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(image)
+            return _to_rgb(ImageOps.exif_transpose(image) if exif else image)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such image file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -136,6 +139,34 @@ def read_mask(
     return mask.astype(np.uint8)
 
 
+def encode_mask(mask: NDArray[np.uint8]) -> bytes:
+    """A class mask (H, W) uint8 as a PNG in VOC's colours."""
+    image = Image.fromarray(mask, mode="P")
+    image.putpalette(voc_palette())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def encode_grey(image: NDArray[np.uint8]) -> bytes:
+    """A grey image (H, W) uint8 as a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image, mode="L").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def voc_palette() -> list[int]:
+    """PASCAL VOC's 256 colours: the bits of the index dealt to R, G, B from the top bit down."""
+    palette = []
+    for index in range(256):
+        color = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                color[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
+        palette += color
+    return palette
+
+
 def size_problem(
     path: str | os.PathLike[str], found: tuple[int, ...], expected: tuple[int, int]
 ) -> str:
@@ -145,8 +176,20 @@ def size_problem(
     )
 
 
-def inspect_image(path: Path) -> tuple[tuple[int, int] | None, str | None]:
-    """Look at an image without decoding it: ``((H, W), None)`` or ``(None, problem)``."""
+_EXIF_ORIENTATION = 0x0112
+
+
+def inspect_image(
+    path: Path, decode: bool = False, exif: bool = False
+) -> tuple[tuple[int, int] | None, str | None]:
+    """Look at an image: ``((H, W), None)`` or ``(None, problem)``.
+
+    Args:
+        path: image file.
+        decode: decode it; else the header and the end of the file are looked at, which finds
+            files that are cut off, at a fraction of the cost.
+        exif: give the size after turning the image as its EXIF orientation says.
+    """
     try:
         with path.open("rb") as file:
             if not file.read(1):
@@ -154,12 +197,32 @@ def inspect_image(path: Path) -> tuple[tuple[int, int] | None, str | None]:
             file.seek(0)
             with Image.open(file) as image:
                 size, marker = (image.height, image.width), _END_MARKERS.get(image.format or "")
+                # PIL decodes a PNG for this: its EXIF may come last. From 5 on: quarter turns.
+                if exif and not decode and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
+                    size = size[::-1]
                 file.seek(-12, os.SEEK_END)
-                complete = marker is not None and file.read().endswith(marker)
-        if not complete:
-            read_rgb(path)
+                whole = marker is not None and file.read().endswith(marker)
+        if decode or not whole:
+            # The size as it will be loaded: PIL turns TIFF by itself, with or without exif.
+            height, width, _ = read_rgb(path, exif).shape
+            size = height, width
     except DatasetError as error:
         return None, str(error)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return None, f"{path}: not a readable image ({error}); replace the file"
     return size, None
+
+
+def inspect_mask(path: Path, size: tuple[int, int]) -> str | None:
+    """Look at a mask's header: what is wrong with it as the mask of an image of ``size``, or None.
+
+    Values are checked when the mask is loaded.
+    """
+    try:
+        with Image.open(path) as image:
+            found = (image.height, image.width)
+    except FileNotFoundError:
+        return f"{path}: no such mask file"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"{path}: not a readable mask ({error}); replace it"
+    return None if found == size else size_problem(path, found, size)

@@ -1,37 +1,19 @@
-"""PASCAL VOC 2012 tree: image lists, images, image labels and masks.
-
-Nothing is decoded twice and nothing is discovered late: the constructor walks over the list once,
-looks at every file the run will need (headers only, unless labels come from masks), gathers all
-problems, and raises one :class:`DatasetError` that names them.
-"""
+"""PASCAL VOC 2012 in its own tree, with or without SBD's additional masks."""
 
 from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from numpy.typing import NDArray
-from PIL import Image
-from rich.progress import track
-
-from wsss.data.images import (
-    IMAGE_SUFFIXES,
-    VOID,
-    DatasetError,
-    count,
-    inspect_image,
-    nearest,
-    read_mask,
-    read_rgb,
-    size_problem,
-    summary,
-)
+from wsss.data.download import fetch_and_unpack
+from wsss.data.images import DatasetError, nearest, summary
+from wsss.data.labels import LabelFile, image_key, read_classes, read_label_file
+from wsss.data.layout import Layout, Listing
+from wsss.data.manifest import Item, files_by_stem, relative
+from wsss.data.sbd import SBD
 
 VOC_CLASSES = (
     "aeroplane",
@@ -57,42 +39,31 @@ VOC_CLASSES = (
 )
 """The 20 foreground classes of PASCAL VOC in mask order: class i has mask value i + 1."""
 
-_PROGRESS_FROM = 2000
 
-
-# ----------------------------------------------------------------------------------- lists
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_LISTS = Path("ImageSets/Segmentation")
+_TREE = Path("VOCdevkit/VOC2012")  # in VOC's archive
+_TRAIN_AUG = "train_aug"
 
 
 def _list_entry(line: str) -> str:
     """Image name of one list line; also takes ``/JPEGImages/x.jpg /SegmentationClass/x.png``."""
     columns = line.split()
-    paths = [c for c in columns if "/" in c or c.endswith(IMAGE_SUFFIXES)]
+    paths = [c for c in columns if "/" in c or c.lower().endswith(IMAGE_SUFFIXES)]
     entry = columns[0] if len(columns) == 2 == len(paths) else line.strip()
     name = entry.rsplit("/", 1)[-1]
-    suffix = next((s for s in IMAGE_SUFFIXES if name.endswith(s)), "")
-    return name.removesuffix(suffix)
+    suffix = next((s for s in IMAGE_SUFFIXES if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)] if suffix else name
 
 
-def _read_names(path: Path) -> list[str]:
+def read_list(path: Path) -> list[str]:
+    """Image names of a list file, one a line."""
     lines = path.read_text(encoding="utf-8-sig").splitlines()
     return [_list_entry(line) for line in lines if line.strip()]
 
 
-@dataclass
-class _Record:
-    """What one pass over the files of an image found."""
-
-    name: str
-    image: Path | None = None
-    mask: Path | None = None
-    size: tuple[int, int] = (0, 0)
-    present: set[int] = field(default_factory=set)  # class indices 0..C-1
-    bad_image: str | None = None
-    problems: list[str] = field(default_factory=list)
-
-
-class VOC:
-    """Images, image labels and masks of one split of a VOC 2012 tree.
+class VOC(Layout):
+    """A VOC 2012 tree.
 
     ::
 
@@ -100,115 +71,168 @@ class VOC:
         root/ImageSets/Segmentation/SPLIT.txt    one name a line
         root/Annotations/NAME.xml                image labels
         root/SegmentationClassAug/NAME.png       masks; what it lacks is sought in
-        root/SegmentationClass/NAME.png
+        root/SegmentationClass/NAME.png          and then in SBD
         root/classes.txt                         foreground names; optional, default VOC's 20
 
     Image labels: every object of an XML counts, ``difficult`` ones too (then XML and mask agree
     on VOC). EXIF orientation is never applied, because masks follow the stored pixels.
 
+    ``train_aug`` (10 582 images) is VOC's ``train`` and SBD's ``train`` and ``val`` without VOC's
+    ``val``, sorted by name; without a list of that name it is derived from SBD's lists, and masks
+    that no folder holds are built from SBD's ``cls/NAME.mat`` into ``wsss/SegmentationClassAug``.
+
     Args:
         root: the folder that holds ``JPEGImages``.
-        split: list in ``ImageSets/Segmentation``, for example ``train_aug`` or ``val``.
-        names: image names, or the path of a list file, to use instead of the split's list.
-        image_labels: ``xml``, ``mask``, or ``auto``: the XML where there is one, else the mask.
-        load_masks: whether the run needs masks; they are then checked for existence and size.
-        skip_unlabelled: leave out images without a foreground class, with a warning that
-            counts them. Training does (such an image teaches a classifier only absence);
-            evaluation keeps them.
-        on_bad_image: ``skip`` leaves out image files that are missing, empty, truncated or
-            unreadable, with a warning that names them; ``error`` stops.
-
-    Attributes:
-        classes: foreground class names; class i has mask value i + 1.
-        names: N image names, in list order.
-        labels: (N, C) float32, 1 where the image holds the class.
-        sizes: N image sizes (H, W).
+        image_labels: ``xml``, ``mask`` or ``file``; ``auto`` takes ``labels_file`` where it is
+            given and names the image, else the XML, else the mask.
+        labels_file: csv, json or npy file of image labels, see :func:`read_label_file`.
+        sbd_root: the folder of SBD that holds ``cls`` and ``train.txt``; None looks in
+            ``root/SBD``, ``root/benchmark_RELEASE/dataset`` and two folders up.
 
     Raises:
-        DatasetError: anything wrong with the tree, all problems of the list at once.
+        DatasetError: an argument that cannot be.
     """
+
+    kind: ClassVar[str] = "voc"
 
     def __init__(
         self,
         root: str | os.PathLike[str],
-        split: str,
-        names: Sequence[str] | str | os.PathLike[str] | None = None,
-        image_labels: Literal["auto", "xml", "mask"] = "auto",
-        load_masks: bool = False,
-        skip_unlabelled: bool = False,
-        on_bad_image: Literal["error", "skip"] = "error",
+        image_labels: Literal["auto", "xml", "mask", "file"] = "auto",
+        labels_file: str | os.PathLike[str] | None = None,
+        sbd_root: str | os.PathLike[str] | None = None,
     ) -> None:
-        if image_labels not in ("auto", "xml", "mask"):
-            raise DatasetError(f"image_labels='{image_labels}': expected auto, xml or mask")
-        if on_bad_image not in ("error", "skip"):
-            raise DatasetError(f"on_bad_image='{on_bad_image}': expected error or skip")
-        self.root = Path(root).expanduser()
-        self.split = split.removesuffix(".txt")
+        super().__init__(root)
+        if image_labels not in ("auto", "xml", "mask", "file"):
+            raise DatasetError(f"image_labels='{image_labels}': expected auto, xml, mask or file")
+        if image_labels == "file" and labels_file is None:
+            raise DatasetError("image_labels=file: name it with data.dataset.labels_file=...")
         self._image_labels = image_labels
-        self._check_tree(load_masks, needs_list=names is None)
-        self.classes = self._read_classes()
-        self._class_index = {name: index for index, name in enumerate(self.classes)}
-        self._mask_folders = [folder for folder in self._mask_candidates() if folder.is_dir()]
+        self._labels_file = Path(labels_file).expanduser() if labels_file else None
+        self._sbd = SBD.find(self.root, sbd_root)
 
-        listed = self._listed_names(names)
-        watched = track(
-            listed,
-            description=f"Reading {self.split}",
-            transient=True,
-            disable=len(listed) <= _PROGRESS_FROM or getattr(rank_zero_only, "rank", 0) != 0,
-        )
-        records = [self._inspect(name, load_masks) for name in watched]
-        records = self._report(records, on_bad_image, skip_unlabelled)
+    @classmethod
+    def download(cls, root: str | os.PathLike[str], **options: Any) -> Path:
+        """Fetch VOC 2012 (2 GB) and SBD (1.4 GB) into ``root/VOCdevkit/VOC2012`` and ``root``.
 
-        self.names = [record.name for record in records]
-        self.sizes = [record.size for record in records]
-        self.labels = np.zeros((len(records), len(self.classes)), np.float32)
-        for row, record in zip(self.labels, records, strict=True):
-            row[list(record.present)] = 1.0
-        self._images = [record.image for record in records]
-        self._masks = [record.mask for record in records]
+        A ``root`` that ends in ``VOCdevkit/VOC2012`` is taken for the tree itself. So is one that
+        holds ``JPEGImages``: it is VOC under another name, and only SBD is fetched into it.
+        """
+        base = Path(root).expanduser()
+        names = ["voc2012"]
+        if base.absolute().parts[-2:] == _TREE.parts:
+            base = base.absolute().parents[1]
+            tree = base / _TREE
+        elif (base / "JPEGImages").is_dir():
+            tree, names = base, []
+        else:
+            tree = base / _TREE
+        # The archive has no train_aug: who has its list and masks needs nothing of SBD.
+        has_aug = (tree / _LISTS / f"{_TRAIN_AUG}.txt").is_file()
+        has_aug = has_aug and (tree / "SegmentationClassAug").is_dir()
+        if not has_aug and SBD.find(tree, options.get("sbd_root")) is None:
+            names.append("sbd")
+        for name in names:
+            fetch_and_unpack(name, base)
+        return tree
 
-    def __len__(self) -> int:
-        return len(self.names)
+    # ------------------------------------------------------------------ what is there
 
-    def load_image(self, index: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB of image ``index``. See :func:`read_rgb` for what it raises."""
-        path = self._images[index]
-        assert path is not None  # records without an image never reach here
-        return read_rgb(path)
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        path = self.root / "classes.txt"
+        return read_classes(path) if path.is_file() else VOC_CLASSES
 
-    def load_mask(self, index: int) -> NDArray[np.uint8]:
-        """(H, W) uint8 with 0..C and 255. See :func:`read_mask` for what it raises."""
-        path = self._masks[index] or self._find_mask(self.names[index])
-        if path is None:
-            raise DatasetError(self._mask_missing(self.names[index]))
-        return read_mask(path, len(self.classes), self.sizes[index])
+    @cached_property
+    def _class_index(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.classes)}
 
-    # ------------------------------------------------------------------ reading the tree
+    def root_hint(self) -> str:
+        return "the VOC2012 folder, the one that holds JPEGImages"
 
-    def _mask_candidates(self) -> list[Path]:
-        return [self.root / "SegmentationClassAug", self.root / "SegmentationClass"]
+    def options(self) -> dict[str, Any]:
+        return {
+            "image_labels": self._image_labels,
+            "labels_file": str(self._labels_file.absolute()) if self._labels_file else None,
+            "sbd_root": str(self._sbd.root.absolute()) if self._sbd else None,
+        }
 
-    def _check_tree(self, load_masks: bool, needs_list: bool) -> None:
+    def splits(self) -> list[str]:
+        folder = self.root / _LISTS
+        found = sorted(path.stem for path in folder.glob("*.txt")) if folder.is_dir() else []
+        if self._sbd and _TRAIN_AUG not in found and {"train", "val"} <= set(found):
+            found.append(_TRAIN_AUG)
+        return found
+
+    def list_split(self, split: str) -> Listing:
+        self._check_tree()
+        names, source, notes = self._names(split)
+        images = files_by_stem(self.root / "JPEGImages", IMAGE_SUFFIXES)
+        masks = self._mask_folders()
+        sbd_masks = self._sbd.masks() if self._sbd is not None else set()
+        labels = self._read_labels_file()
+        items, seen, from_sbd = [], set(), []
+        for name in names:
+            item = Item(name)
+            items.append(item)
+            if name in seen:
+                item.problem = f"{source}: '{name}' is listed more than once; remove the repeats"
+                continue
+            seen.add(name)
+            if name not in images:
+                item.problem = (
+                    f"{self.root / 'JPEGImages' / (name + '.jpg')}: listed in {split}, but no "
+                    "such image (.jpg, .jpeg or .png)"
+                )
+                continue
+            item.image = f"JPEGImages/{images[name]}"
+            folder = next((f for f, found in masks.items() if name in found), None)
+            if folder is not None:
+                item.mask = f"{folder}/{name}.png"
+            elif name in sbd_masks:
+                from_sbd.append(item)
+            self._choose_label_source(item, labels)
+        if from_sbd and self._sbd is not None:
+            note = self._sbd.build_masks(from_sbd, self.root, self.work / "SegmentationClassAug")
+            notes.append(note)
+        sources = [self.root / f for f in ("JPEGImages", "Annotations", *self._candidates())]
+        sources += [source, self.root / "classes.txt"]
+        if self._sbd is not None:
+            # A list that comes later is preferred to the one derived from all of these.
+            own = [self.root / _LISTS / f"{name}.txt" for name in ("train", "val", _TRAIN_AUG)]
+            sources += [*own, *self._sbd.lists, self._sbd.root / "cls"]
+            sources += [self._sbd.mask(item.name) for item in from_sbd]
+        if self._labels_file is not None:
+            sources.append(self._labels_file)
+        return Listing(items, sources, notes)
+
+    # ------------------------------------------------------------------ lists and folders
+
+    @staticmethod
+    def _candidates() -> list[str]:
+        return ["SegmentationClassAug", "SegmentationClass"]
+
+    def _mask_folders(self) -> dict[str, dict[str, str]]:
+        """The mask folders that exist, with their files by name, in order of preference."""
+        present = [f for f in self._candidates() if (self.root / f).is_dir()]
+        return {folder: files_by_stem(self.root / folder, (".png",)) for folder in present}
+
+    def _check_tree(self) -> None:
         root = self.root
-        if not root.is_dir():
-            raise DatasetError(
-                f"data root '{root}' is not a folder; set data.root to the VOC2012 folder, "
-                "the one that holds JPEGImages"
-            )
         missing = []
         if not (root / "JPEGImages").is_dir():
             missing.append(f"{root / 'JPEGImages'}: the images, NAME.jpg")
-        if needs_list and not (root / "ImageSets/Segmentation").is_dir():
-            missing.append(f"{root / 'ImageSets/Segmentation'}: the image lists, SPLIT.txt")
+        if not (root / _LISTS).is_dir():
+            missing.append(f"{root / _LISTS}: the image lists, SPLIT.txt")
         has_xml = (root / "Annotations").is_dir()
-        has_masks = any(folder.is_dir() for folder in self._mask_candidates())
+        has_masks = any((root / folder).is_dir() for folder in self._candidates())
+        has_masks = has_masks or self._sbd is not None
         masks = f"{root / 'SegmentationClassAug'} (or SegmentationClass): the masks, NAME.png"
-        if (load_masks or self._image_labels == "mask") and not has_masks:
+        if self._image_labels == "mask" and not has_masks:
             missing.append(masks)
         if self._image_labels == "xml" and not has_xml:
             missing.append(f"{root / 'Annotations'}: the image labels, NAME.xml")
-        if self._image_labels == "auto" and not (has_xml or has_masks):
+        if self._image_labels == "auto" and not (has_xml or has_masks or self._labels_file):
             missing.append(f"{root / 'Annotations'}: the image labels, NAME.xml (or masks)")
         if missing:
             below = sorted(path.parent for path in root.glob("*/JPEGImages"))
@@ -218,169 +242,100 @@ class VOC:
                 f"'{root}' is not a whole VOC tree; missing:\n{summary(missing)}{hint}"
             )
 
-    def _read_classes(self) -> tuple[str, ...]:
-        path = self.root / "classes.txt"
+    def _names(self, split: str) -> tuple[list[str], Path, list[str]]:
+        """Names of a split, the list they came from, and notes."""
+        folder = self.root / _LISTS
+        path = Path(split).expanduser() if "/" in split else folder / f"{split}.txt"
+        if "/" not in split and split.endswith(".txt"):
+            path = folder / split
+        if not path.is_file() and split == _TRAIN_AUG and self._sbd is not None:
+            return self._derive_train_aug()
         if not path.is_file():
-            return VOC_CLASSES
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        classes = tuple(line.strip() for line in lines if line.strip())
-        if not classes or len(set(classes)) != len(classes):
-            raise DatasetError(f"{path}: needs one foreground class name a line, each once")
-        if "background" in classes:
-            raise DatasetError(f"{path}: remove 'background'; it is always value 0, unlisted")
-        if len(classes) >= VOID:
-            raise DatasetError(
-                f"{path}: {len(classes)} classes, at most {VOID - 1} fit an 8-bit mask"
-            )
-        return classes
-
-    def _listed_names(self, names: Sequence[str] | str | os.PathLike[str] | None) -> list[str]:
-        if names is None:
-            folder = self.root / "ImageSets/Segmentation"
-            path = folder / f"{self.split}.txt"
-            if not path.is_file():
-                there = sorted(file.stem for file in folder.glob("*.txt"))
-                close = nearest(self.split, there) if there else "the folder holds no list"
-                hint = ""
-                if self.split == "train_aug":
-                    hint = (
-                        ". train_aug comes with SegmentationClassAug, not with the VOC download; "
-                        "data.train_split=train uses VOC's own 1464 images"
-                    )
-                raise DatasetError(
-                    f"{path}: no such image list; there are: {', '.join(there) or 'none'} "
-                    f"({close}){hint}"
+            there = self.splits() if "/" not in split else []
+            close = nearest(split, there) if there else "the folder holds no list"
+            hint = ""
+            if split == _TRAIN_AUG:
+                hint = (
+                    ". train_aug comes with SegmentationClassAug, not with the VOC download; it is "
+                    f"derived if SBD lies in {self.root / 'SBD'} (cls, train.txt, val.txt), or "
+                    "data.train_split=train uses VOC's own 1464 images"
                 )
-            source, listed = str(path), _read_names(path)
-        elif isinstance(names, (str, os.PathLike)):
-            path = Path(names).expanduser()
-            if not path.is_file():
-                raise DatasetError(f"{path}: no such image list")
-            source, listed = str(path), _read_names(path)
-        else:
-            source, listed = "names", list(names)
-        if not listed:
-            raise DatasetError(f"{source}: the image list is empty")
-        if len(set(listed)) != len(listed):
-            seen: set[str] = set()
-            twice = [name for name in listed if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
             raise DatasetError(
-                f"{source}: images listed more than once; remove the repeated lines:\n"
-                + summary(twice)
+                f"{path}: no such image list; there are: {', '.join(there) or 'none'} "
+                f"({close}){hint}"
             )
-        return listed
+        names = read_list(path)
+        if not names:
+            raise DatasetError(f"{path}: the image list is empty")
+        return names, path, []
 
-    def _find_mask(self, name: str) -> Path | None:
-        paths = (folder / f"{name}.png" for folder in self._mask_folders)
-        return next((path for path in paths if path.is_file()), None)
+    def _derive_train_aug(self) -> tuple[list[str], Path, list[str]]:
+        assert self._sbd is not None
+        own = {}
+        for split in ("train", "val"):
+            path = self.root / _LISTS / f"{split}.txt"
+            if not path.is_file():
+                raise DatasetError(f"{path}: no such image list; train_aug is derived from it")
+            own[split] = set(read_list(path))
+        names = sorted((own["train"] | self._sbd.names()) - own["val"])
+        note = (
+            f"train_aug: {len(names)} images, derived from VOC train and SBD train and val without "
+            "VOC val"
+        )
+        return names, self._sbd.root / "train.txt", [note]
 
-    def _mask_missing(self, name: str) -> str:
-        folder = (self._mask_folders or self._mask_candidates())[0]
+    # ------------------------------------------------------------------ image labels
+
+    def _read_labels_file(self) -> LabelFile | None:
+        if self._labels_file is None:
+            return None
+        return read_label_file(self._labels_file, self.classes)
+
+    def _choose_label_source(self, item: Item, labels: LabelFile | None) -> None:
+        xml = self.root / "Annotations" / f"{item.name}.xml"
+        how, index = self._image_labels, self._class_index
+        if how in ("auto", "file") and labels is not None:
+            names = labels.labels.get(image_key(item.name))
+            if names is not None:
+                item.labels = sorted(index[n] for n in names)
+                return
+        if how == "xml" or (how == "auto" and xml.is_file()):
+            item.source = relative(xml, self.root)
+
+    def labels_from_mask(self, item: Item) -> bool:
+        return self._image_labels in ("auto", "mask")
+
+    def no_labels(self, item: Item) -> str:
+        if self._image_labels == "mask":
+            return self.no_mask(item)
+        if self._image_labels == "file":
+            return f"{self._labels_file}: does not name '{item.name}'; add its labels"
+        xml = self.root / "Annotations" / f"{item.name}.xml"
+        return f"{xml}: no such file, and no mask '{item.name}.png' either: the image has no labels"
+
+    def no_mask(self, item: Item) -> str:
+        there = [f for f in self._candidates() if (self.root / f).is_dir()]
+        folder = self.root / (there or self._candidates())[0]
+        name = item.name
         return f"{folder / (name + '.png')}: no such mask; add it or take '{name}' off the list"
 
-    def _inspect(self, name: str, load_masks: bool) -> _Record:
-        record = _Record(name)
-        folder = self.root / "JPEGImages"
-        paths = (folder / (name + suffix) for suffix in IMAGE_SUFFIXES)
-        record.image = next((path for path in paths if path.is_file()), None)
-        if record.image is None:
-            record.bad_image = (
-                f"{folder / (name + '.jpg')}: listed in {self.split}, but no such image (.jpg, "
-                ".jpeg or .png)"
-            )
-            return record
-        size, record.bad_image = inspect_image(record.image)
-        if size is None:
-            return record
-        record.size = size
-
-        xml = self.root / "Annotations" / f"{name}.xml"
-        from_xml = self._image_labels == "xml" or (self._image_labels == "auto" and xml.is_file())
-        if load_masks or not from_xml:
-            record.mask = self._find_mask(name)
-        if from_xml:
-            self._labels_from_xml(record, xml)
-        elif record.mask is None and self._image_labels == "auto":
-            record.problems.append(
-                f"{xml}: no such file, and no mask '{name}.png' either: the image has no labels"
-            )
-        elif record.mask is None:
-            record.problems.append(self._mask_missing(name))
-        else:
-            self._labels_from_mask(record, record.mask)
-        if load_masks and from_xml:
-            self._check_mask(record)
-        return record
-
-    def _labels_from_xml(self, record: _Record, path: Path) -> None:
+    def labels_from_source(self, item: Item) -> None:
+        assert item.source is not None
+        path = self.root / item.source
         try:
             tree = ET.parse(path)
         except FileNotFoundError:
-            record.problems.append(f"{path}: no such file; image_labels=auto would use the mask")
+            item.problem = f"{path}: no such file; image_labels=auto would use the mask"
             return
         except (ET.ParseError, OSError, UnicodeError) as error:
-            record.problems.append(f"{path}: not readable as XML ({error}); replace the file")
+            item.problem = f"{path}: not readable as XML ({error}); replace the file"
             return
+        labels: set[int] = set()
         # Only the object's own name: <part> elements (head, hand) carry names of their own.
         for element in tree.getroot().iterfind("object"):
             name = (element.findtext("name") or "").strip()
             if name in self._class_index:
-                record.present.add(self._class_index[name])
+                labels.add(self._class_index[name])
             else:
-                record.problems.append(
-                    f"{path}: unknown class '{name}', {nearest(name, self.classes)}"
-                )
-
-    def _labels_from_mask(self, record: _Record, path: Path) -> None:
-        try:
-            mask = read_mask(path, len(self.classes), record.size)
-        except DatasetError as error:
-            record.problems.append(str(error))
-            return
-        counts = np.bincount(mask.ravel(), minlength=len(self.classes) + 1)
-        record.present.update(int(i) for i in np.flatnonzero(counts[1 : len(self.classes) + 1]))
-
-    def _check_mask(self, record: _Record) -> None:
-        """Existence and size from the header; values are checked when the mask is loaded."""
-        if record.mask is None:
-            record.problems.append(self._mask_missing(record.name))
-            return
-        try:
-            with Image.open(record.mask) as image:
-                found = (image.height, image.width)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            record.problems.append(f"{record.mask}: not a readable mask ({error}); replace it")
-            return
-        if found != record.size:
-            record.problems.append(size_problem(record.mask, found, record.size))
-
-    def _report(
-        self, records: list[_Record], on_bad_image: str, skip_unlabelled: bool
-    ) -> list[_Record]:
-        """Raise on problems, warn about what is left out, and return what is left."""
-        problems = [problem for record in records for problem in record.problems]
-        bad = [record.bad_image for record in records if record.bad_image is not None]
-        if on_bad_image == "error":
-            problems = bad + problems
-        if problems:
-            hint = "\ndata.on_bad_image=skip leaves unusable images out." if bad else ""
-            raise DatasetError(
-                f"{count(len(problems), 'problem')} in split '{self.split}' of {self.root}:\n"
-                f"{summary(problems)}{hint}"
-            )
-        if bad:
-            rank_zero_warn(
-                f"split '{self.split}': left out {len(bad)} of {count(len(records), 'image')}:\n"
-                + summary(bad)
-            )
-        kept = [record for record in records if record.bad_image is None]
-        unlabelled = [record.name for record in kept if not record.present]
-        if skip_unlabelled and unlabelled:
-            rank_zero_warn(
-                f"split '{self.split}': left out {count(len(unlabelled), 'image')} without any "
-                f"labelled class:\n{summary(unlabelled)}"
-            )
-            kept = [record for record in kept if record.present]
-        if not kept:
-            raise DatasetError(f"split '{self.split}' of {self.root}: no usable image is left")
-        return kept
+                item.problem = f"{path}: unknown class '{name}', {nearest(name, self.classes)}"
+        item.labels = sorted(labels)

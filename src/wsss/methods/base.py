@@ -92,6 +92,8 @@ class Method(L.LightningModule):
         )
         #: plain configuration of the run, kept in checkpoints so that commands can rebuild it
         self.run_config: dict[str, Any] = {}
+        #: names of the groups (patients) of the images last validated
+        self.groups: list[str] = []
         self._last_terms: dict[str, Tensor] = {}
 
     # --- what a method defines -------------------------------------------------------------
@@ -177,8 +179,10 @@ class Method(L.LightningModule):
     # --- evaluation ------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        data = getattr(self._trainer, "datamodule", None)  # neither is there in a plain loop
+        self.groups = list(getattr(data, "groups", []))
         for scores in self.scores.values():
-            scores.reset()  # type: ignore[operator]
+            scores.reset(len(self.groups))  # type: ignore[operator]
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         for name, network in self.networks().items():
@@ -189,12 +193,18 @@ class Method(L.LightningModule):
             self.log(name, value, prog_bar=name == self.monitor)
 
     def compute_scores(self) -> dict[str, Tensor]:
-        """mIoU of every network under every protocol, by full name (``an/seg/miou_ms_flip``)."""
-        return {
-            f"{network}/{protocol}": value["miou"].float()
-            for network, value_by_protocol in self.compute_tables().items()
-            for protocol, value in value_by_protocol.items()
-        }
+        """mIoU of every network under every protocol, by full name (``an/seg/miou_ms_flip``).
+
+        With groups (patients) also the mean Dice over them (``an/seg/group_dice_ms_flip``).
+        """
+        scores = {}
+        for network, value_by_protocol in self.compute_tables().items():
+            for protocol, value in value_by_protocol.items():
+                scores[f"{network}/{protocol}"] = value["miou"].float()
+                if "mean_group_dice" in value:
+                    name = protocol.replace("miou", "group_dice")
+                    scores[f"{network}/{name}"] = value["mean_group_dice"].float()
+        return scores
 
     def compute_tables(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """All scores: network, protocol, then the dict of :class:`SegmentationScores`."""

@@ -1,5 +1,5 @@
 """Scores and the protocols they are taken under."""
 
-from wsss.metrics.segmentation import SegmentationScores
+from wsss.metrics.segmentation import GroupDice, SegmentationScores
 
-__all__ = ["SegmentationScores"]
+__all__ = ["GroupDice", "SegmentationScores"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss.data.batch import EvalBatch
-from wsss.metrics.segmentation import SegmentationScores
+from wsss.metrics.segmentation import GroupDice, SegmentationScores
 from wsss.nn import WSSSNetwork
 from wsss.pseudo import cam_pseudo_label, multi_scale
 
@@ -60,21 +62,34 @@ class ProtocolScores(nn.Module):
             CAM_PROTOCOLS if cam else ()
         )
         names = ("background", *classes)
+        self.num_labels = len(names)
+        self.ignore_index = ignore_index
         self.scores = nn.ModuleList(
             SegmentationScores(len(names), ignore_index, names) for _ in self.protocols
         )
+        self.group_dice = nn.ModuleList()
+        self.scored = False  # whether a mask had a pixel to score
 
-    def reset(self) -> None:
-        """Forget all images."""
+    def reset(self, num_groups: int = 0) -> None:
+        """Forget all images; from now on they come in ``num_groups`` groups (patients)."""
+        self.scored = False
         for score in self.scores:
             score.reset()  # type: ignore[operator]
+        device = cast(SegmentationScores, self.scores[0]).device
+        self.group_dice = nn.ModuleList(
+            GroupDice(self.num_labels, num_groups) for _ in self.protocols if num_groups
+        ).to(device)
 
     @torch.no_grad()
     def update(self, network: WSSSNetwork, batch: EvalBatch) -> None:
         """Predict one batch and count it.
 
-        Logits and CAMs are resized (bilinear) to each mask's own size, never the mask.
+        Logits and CAMs are resized (bilinear) to each mask's own size, never the mask. A batch
+        without a pixel to score costs nothing.
         """
+        if all(bool((mask == self.ignore_index).all()) for mask in batch.masks):
+            return
+        self.scored = True
         out = multi_scale(
             network,
             batch.images,
@@ -106,15 +121,32 @@ class ProtocolScores(nn.Module):
                 cams.append((cams[0] + cams[1]) / 2)
                 for name, cam in zip(CAM_PROTOCOLS, cams, strict=True):
                     predictions[name] = _present_label(cam, channels, self.cpl_threshold)
-            for name, score in zip(self.protocols, self.scores, strict=True):
+            for k, (name, score) in enumerate(zip(self.protocols, self.scores, strict=True)):
                 score.update(predictions[name], target)  # type: ignore[operator]
+                if self.group_dice and batch.groups is not None:
+                    matrix = score.count(predictions[name], target)  # type: ignore[operator]
+                    self.group_dice[k].update(matrix, int(batch.groups[i]))  # type: ignore[operator]
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
-        """Scores by protocol name, reduced over ranks; see :meth:`SegmentationScores.compute`."""
-        return {
-            name: score.compute()  # type: ignore[operator]
-            for name, score in zip(self.protocols, self.scores, strict=True)
-        }
+        """Scores by protocol name, reduced over ranks; see :meth:`SegmentationScores.compute`.
+
+        With groups, ``group_dice`` (G, C + 1) and ``mean_group_dice``: the mean over groups of
+        each foreground class, then over classes.
+        """
+        with warnings.catch_warnings():
+            if not self.scored:  # data without masks: no reason to warn of every class
+                warnings.simplefilter("ignore")
+            tables = {
+                name: score.compute()  # type: ignore[operator]
+                for name, score in zip(self.protocols, self.scores, strict=True)
+            }
+        for name, dice in zip(self.protocols, self.group_dice, strict=False):
+            value = dice.compute()  # type: ignore[operator]
+            tables[name] |= {
+                "group_dice": value,
+                "mean_group_dice": value[:, 1:].nanmean(0).nanmean(),
+            }
+        return tables
 
 
 def _resize(x: Tensor, mask: Tensor) -> Tensor:

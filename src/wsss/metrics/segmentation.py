@@ -57,10 +57,14 @@ class SegmentationScores(Metric):
                 f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ: "
                 "resize the logits to the mask's size before the argmax."
             )
+        self.matrix += self.count(prediction, target)
+
+    def count(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Confusion matrix (targets in rows) of some masks, not added to the state."""
         keep = target != self.ignore_index
         target, prediction = target[keep].long(), prediction[keep].long()
         if target.numel() == 0:
-            return
+            return torch.zeros_like(self.matrix)
         for name, values in (("target", target), ("prediction", prediction)):
             low, high = (int(v) for v in values.aminmax())
             if low < 0 or high >= self.num_classes:
@@ -71,7 +75,7 @@ class SegmentationScores(Metric):
                 )
         index = target * self.num_classes + prediction
         counts = torch.bincount(index, minlength=self.num_classes**2)
-        self.matrix += counts.view(self.num_classes, self.num_classes)
+        return counts.view(self.num_classes, self.num_classes)
 
     def compute(self) -> dict[str, Tensor]:
         """Per-class tensors (num_classes,) and their means.
@@ -114,3 +118,34 @@ class SegmentationScores(Metric):
             for name, value in scores.items()
         }
         return scores | means
+
+
+class GroupDice(Metric):
+    """Dice of each class within each group of masks: per patient, not over all pixels at once.
+
+    Args:
+        num_classes: classes of the maps, background included (C + 1).
+        num_groups: number of groups G.
+    """
+
+    full_state_update = False
+    matrices: Tensor
+
+    def __init__(self, num_classes: int, num_groups: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state(
+            "matrices",
+            torch.zeros(num_groups, num_classes, num_classes, dtype=torch.int64),
+            dist_reduce_fx="sum",
+        )
+
+    def update(self, matrix: Tensor, group: int) -> None:
+        """Add a confusion matrix (C + 1, C + 1) to a group 0..G-1."""
+        self.matrices[group] += matrix
+
+    def compute(self) -> Tensor:
+        """(G, C + 1) Dice; NaN where neither targets nor predictions of a group hold a class."""
+        matrices = self.matrices.double()
+        twice = 2 * matrices.diagonal(dim1=1, dim2=2)
+        both = matrices.sum(1) + matrices.sum(2)
+        return torch.where(both == 0, torch.nan, twice / both)

@@ -41,12 +41,15 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
         ``name``, ``method``, ``seed`` and ``step`` of the run; ``classes``, background first;
         ``scores``, mIoU in percent by full name; ``per_class``, IoU in percent by full name and
         class; ``means`` over classes: precision and recall in percent, ``confusion_ratio`` FP / TP
-        as it is. A value that does not exist (class without a pixel) is None.
+        as it is. Data with groups (patients) also has ``dice``, in percent by full name, group
+        ("all images" first) and foreground class, and its mean over groups and classes in
+        ``means``. A value that does not exist (class without a pixel) is None.
     """
     classes = ["background", *method.classes]
     scores: dict[str, float | None] = {}
     per_class: dict[str, dict[str, float | None]] = {}
     means: dict[str, dict[str, float | None]] = {}
+    dice: dict[str, dict[str, dict[str, float | None]]] = {}
     for network, by_protocol in method.compute_tables().items():
         for protocol, value in by_protocol.items():
             full = f"{network}/{protocol}"
@@ -59,6 +62,17 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
                 "recall": _percent(value["mean_recall"]),
                 "confusion_ratio": _rounded(value["mean_confusion_ratio"], 4),
             }
+            if "group_dice" in value:
+                means[full]["group_dice"] = _percent(value["mean_group_dice"])
+                rows = zip(
+                    ["all images", *method.groups],
+                    [value["dice"], *value["group_dice"]],
+                    strict=True,
+                )
+                dice[full] = {
+                    group: {c: _percent(v) for c, v in zip(classes[1:], row[1:], strict=True)}
+                    for group, row in rows
+                }
     return {
         "name": method.run_config.get("name"),
         "method": type(method).__name__.lower(),
@@ -68,6 +82,7 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
         "scores": scores,
         "means": means,
         "per_class": per_class,
+        **({"dice": dice} if dice else {}),
     }
 
 
@@ -83,6 +98,8 @@ def print_scores(method: Method, console: Console | None = None) -> None:
     content = collect(method)
     console.print(scores_table(content["scores"]))
     console.print(class_table(content["per_class"]))
+    if "dice" in content:
+        console.print(dice_table(content["dice"], content["means"]))
 
 
 def scores_table(scores: Mapping[str, float | None]) -> Table:
@@ -112,6 +129,26 @@ def class_table(per_class: Mapping[str, Mapping[str, float | None]]) -> Table:
         table.add_column(network.upper(), justify="right")
     for name in per_class[f"{columns[0]}/{headline}"]:
         table.add_row(name, *(number(per_class[f"{n}/{headline}"][name]) for n in columns))
+    return table
+
+
+def dice_table(
+    dice: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+    means: Mapping[str, Mapping[str, float | None]],
+) -> Table:
+    """Table with a row per group (patient): Dice in percent, first network, headline protocol."""
+    networks, protocols = _split_names(dice)
+    full = f"{networks[0]}/{protocols[0]}"
+    table = Table(title=f"Dice (%), {full.replace('miou', 'group_dice')}", title_justify="left")
+    classes = list(next(iter(dice[full].values())))
+    for heading in ("", *classes):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for group, values in dice[full].items():
+        table.add_row(
+            group, *(number(values[c]) for c in classes), end_section=group == "all images"
+        )
+    table.caption = f"mean over patients and classes: {number(means[full]['group_dice'])}"
+    table.caption_justify = "left"
     return table
 
 

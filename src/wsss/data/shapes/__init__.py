@@ -18,11 +18,12 @@ constants of :mod:`wsss.data.shapes.difficulty`):
   white that all three (and the windows of trains) have.
 
 The image numbered ``n`` is a pure function of (seed, image size, n): each has its own Philox stream
-and does not depend on how many others there are. :func:`generate` writes them as a PASCAL VOC 2012
-tree, :func:`render` returns one in memory.
+and does not depend on how many others there are. :func:`generate` writes them as a tree of PASCAL
+VOC, MS COCO, ACDC or plain folders, :func:`render` returns one in memory.
 """
 
 from wsss.data.shapes.difficulty import BEASTS, CLASSES, COEXISTENCE_CLASSES, TOYS, VERSION
+from wsss.data.shapes.reader import open_tree
 from wsss.data.shapes.scene import Sample, ShapeObject, class_names, render
 from wsss.data.shapes.tree import generate
 
@@ -36,5 +37,6 @@ __all__ = [
     "ShapeObject",
     "class_names",
     "generate",
+    "open_tree",
     "render",
 ]

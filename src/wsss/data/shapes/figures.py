@@ -21,7 +21,6 @@ from wsss.data.shapes.textures import (
     Floats,
     Rng,
     checks,
-    darker,
     dots,
     foliage_noise,
     hsv,
@@ -76,7 +75,7 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> Floats:
 # Head patches: the pattern and its two colours. They alone name a beast for sure; tints only hint.
 _HEADS: dict[str, tuple[Callable[[Floats, Floats], Floats], Color, Color]] = {
     "fox": (lambda u, v: wave(u / 0.055), hsv(6, 0.85, 0.78), hsv(20, 0.12, 1.0)),
-    "lynx": (lambda u, v: checks(u, v, 0.07), hsv(52, 0.9, 0.95), hsv(225, 0.9, 0.6)),
+    "lynx": (lambda u, v: checks(u, v, 0.07), hsv(225, 0.1, 1.0), hsv(225, 0.9, 0.6)),
     "hare": (lambda u, v: dots(u, v, 0.06, 0.33), (0.97, 0.97, 0.97), (0.05, 0.05, 0.05)),
     "bear": (lambda u, v: wave(np.hypot(u, v) / 0.06), hsv(322, 0.8, 0.6), hsv(328, 0.4, 0.95)),
 }
@@ -145,11 +144,13 @@ def _boat(rng: Rng) -> Figure:
         _polygon((mast - 0.05, -0.42), (mast - 0.05, -0.08), (mast - 0.3, -0.08)),
         _box(mast - 0.05, -0.5, mast, 0.0),
     ]
-    color = hsv(350 + difficulty.LIVERY_HUES * (rng.random() - 0.5), 0.75, rng.uniform(0.7, 0.95))
-    diameter = rng.uniform(0.42, 0.72)
+    hue, phase = 350 + difficulty.LIVERY_HUES * (rng.random() - 0.5), rng.random()
+    hull = hsv(hue, rng.uniform(0.65, 0.85), rng.uniform(0.55, 0.8))
+    diameter = rng.uniform(0.48, 0.76)
 
     def paint(u: Floats, v: Floats, part: Mask) -> Floats:
-        return mix(wave(v / 0.045, 3.0), color, darker(color, 0.5))
+        holes = dots(u + np.float32(0.08 * phase), v, 0.08, 0.34)
+        return mix(holes, hull, hsv(hue, 0.12, 1.0))
 
     return Figure("boat", diameter, rng.uniform(-6, 6), rng.random() < 0.5, outline, paint)
 
@@ -233,8 +234,8 @@ def _toy(rng: Rng, name: str) -> Figure:
     white = hsv(rng.uniform(0, 360), 0.04, rng.uniform(0.9, 0.98))
 
     def paint(u: Floats, v: Floats, part: Mask) -> Floats:
-        if name == "ball":  # sectors
-            patches = wave(np.arctan2(v, u) * (3 / (2 * math.pi)), 4.0)
+        if name == "ball":  # bands
+            patches = wave(v / scale + 0.25, 4.0)
         elif name == "star":  # rings
             patches = wave(np.hypot(u, v) / scale + 0.25, 4.0)
         else:  # planks

@@ -25,10 +25,6 @@ def rgb(*color: float) -> Floats:
     return np.asarray(color, np.float32)
 
 
-def darker(color: Color, factor: float) -> Color:
-    return color[0] * factor, color[1] * factor, color[2] * factor
-
-
 def mix(weight: Floats, low: Color, high: Color) -> Floats:
     """(..., 3) colours that go from ``low`` (weight 0) to ``high`` (weight 1)."""
     return np.asarray(rgb(*low) + weight[..., None] * (rgb(*high) - rgb(*low)))
@@ -82,7 +78,7 @@ def _foliage(rng: Rng, x: Floats, y: Floats) -> Floats:
 
 def _stripes(rng: Rng, x: Floats, y: Floats) -> Floats:
     u, _ = rotate(x, y, rng.uniform(0, 180))
-    hue, value = rng.uniform(150, 270), rng.uniform(0.45, 0.75)
+    hue, value = rng.uniform(200, 270), rng.uniform(0.45, 0.75)
     texture = wave(u / rng.uniform(0.08, 0.2) + rng.random(), 2.0)
     return mix(texture, hsv(hue, 0.15, value), hsv(hue, 0.25, value - 0.2))
 

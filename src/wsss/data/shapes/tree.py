@@ -1,4 +1,4 @@
-"""``shapes`` on disk."""
+"""``shapes`` on disk: written whole or not at all, in one of several layouts."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import json
 import os
 import shutil
 import uuid
-import xml.etree.ElementTree as ET
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from PIL import Image
+from wsss.data.shapes import acdc_tree, coco_tree, difficulty, folder_tree, voc_tree
+from wsss.data.shapes.difficulty import VERSION
+from wsss.data.shapes.files import FIRST_VAL, Draw, Numbers, image_numbers
+from wsss.data.shapes.scene import check_range, render
 
-from wsss.data.shapes import difficulty
-from wsss.data.shapes.difficulty import CLASSES, VERSION
-from wsss.data.shapes.scene import Sample, check_range, render
 
-JPEG_QUALITY = 92
-LAYOUTS = ("voc",)
-FIRST_VAL = 500_001  # image numbers: training from 1, validation from here
+class Layout(Protocol):
+    """A module that lays the data set out on disk."""
+
+    def files(self, numbers: Numbers) -> Iterable[str]: ...
+
+    def write(self, root: Path, numbers: Numbers, draw: Draw) -> None: ...
+
+
+LAYOUTS: dict[str, Layout] = {
+    "voc": voc_tree,
+    "coco": coco_tree,
+    "acdc": acdc_tree,
+    "folder": folder_tree,
+}
 
 
 def generate(
@@ -35,16 +46,17 @@ def generate(
     ``root`` already holds this very data set, nothing is done.
 
     Args:
-        root: folder of the tree; ``JPEGImages``, ``SegmentationClass``, ``Annotations``,
-            ``ImageSets/Segmentation/{train,val}.txt``, ``classes.txt`` and ``shapes.json`` in it.
+        root: folder of the tree; ``shapes.json`` in it records the parameters.
         train: number of training images, at least 1.
         val: number of validation images, at least 1.
         image_size: side of the square images in pixels, at least 32.
         seed: seed, not negative; the same seed gives the same files.
-        layout: "voc", the PASCAL VOC 2012 tree.
+        layout: the same images and masks as a tree of "voc" (PASCAL VOC 2012), "coco" (MS COCO
+            2017), "acdc" (volumes of patients, grey and without void) or "folder" (images, masks
+            and a table); ``voc_tree.py`` and its siblings show each.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or "acdc" cannot hold so few images of a split.
         FileExistsError: if ``root`` holds something else: another data set, the same one with
             other parameters, or one with files missing.
     """
@@ -66,33 +78,28 @@ def generate(
         **{knob.lower(): getattr(difficulty, knob) for knob in difficulty.KNOBS},
     }
     parameters = json.loads(json.dumps(parameters))  # as it reads back: lists for tuples
-    target = Path(root)
-    if _is_complete(target, parameters):
+    target, numbers = Path(root), image_numbers(train, val)
+    files = set(LAYOUTS[layout].files(numbers))
+    if _is_complete(target, parameters, files):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
-        _write_voc(partial, parameters, train, val, image_size, seed)
+        partial.mkdir()
+        LAYOUTS[layout].write(partial, numbers, lambda number: render(number, image_size, seed))
+        record = json.dumps(parameters, indent=2) + "\n"
+        (partial / "shapes.json").write_text(record, encoding="utf-8")
         try:
             partial.rename(target)
         except OSError:
             # Another process may have finished the same data set first, which is as good.
-            if not _is_complete(target, parameters):
+            if not _is_complete(target, parameters, files):
                 raise
     finally:  # also on Ctrl-C; after the rename there is nothing left to remove
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _numbers(train: int, val: int) -> tuple[range, range]:
-    """Image numbers of the two splits: apart, so neither depends on the other's length."""
-    return range(1, train + 1), range(FIRST_VAL, FIRST_VAL + val)
-
-
-def _name(number: int) -> str:
-    return f"shapes_{number:06d}"
-
-
-def _is_complete(root: Path, parameters: dict[str, Any]) -> bool:
+def _is_complete(root: Path, parameters: dict[str, Any], files: set[str]) -> bool:
     """True if ``root`` is this data set, False if it is free to write; raises otherwise."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
@@ -116,68 +123,8 @@ def _is_complete(root: Path, parameters: dict[str, Any]) -> bool:
         raise FileExistsError(
             f"{root} holds shapes with other parameters ({'; '.join(changes) or found}); {remedy}"
         )
-    names = {_name(n) for split in _numbers(int(found["train"]), int(found["val"])) for n in split}
-    for folder in ("JPEGImages", "SegmentationClass", "Annotations"):
-        present = {p.stem for p in (root / folder).iterdir()} if (root / folder).is_dir() else set()
-        if missing := sorted(names - present):
-            raise FileExistsError(
-                f"{root / folder} lacks {len(missing)} of {len(names)} files, such as "
-                f"{missing[0]}; {remedy}"
-            )
+    if missing := sorted(files - {path.relative_to(root).as_posix() for path in root.rglob("*")}):
+        raise FileExistsError(
+            f"{root} lacks {len(missing)} of {len(files)} files, such as {missing[0]}; {remedy}"
+        )
     return True
-
-
-def _write_voc(
-    root: Path, parameters: dict[str, Any], train: int, val: int, image_size: int, seed: int
-) -> None:
-    for folder in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True)
-    palette = _voc_palette()
-    for split, numbers in zip(("train", "val"), _numbers(train, val), strict=True):
-        for number in numbers:
-            name, sample = _name(number), render(number, image_size, seed)
-            # 4:4:4, because halved chroma would blur the patterns into one another.
-            Image.fromarray(sample.image).save(
-                root / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY, subsampling=0
-            )
-            png = Image.fromarray(sample.mask, mode="P")
-            png.putpalette(palette)
-            png.save(root / "SegmentationClass" / f"{name}.png")
-            _annotation(name, sample).write(root / "Annotations" / f"{name}.xml", encoding="utf-8")
-        lines = "".join(f"{_name(number)}\n" for number in numbers)
-        (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(lines, encoding="utf-8")
-    (root / "classes.txt").write_text("".join(f"{c}\n" for c in CLASSES), encoding="utf-8")
-    (root / "shapes.json").write_text(json.dumps(parameters, indent=2) + "\n", encoding="utf-8")
-
-
-def _annotation(name: str, sample: Sample) -> ET.ElementTree[ET.Element]:
-    """PASCAL VOC annotation; boxes are 1-based, as VOC's are."""
-    height, width = sample.mask.shape
-    root = ET.Element("annotation")
-    ET.SubElement(root, "folder").text = "shapes"
-    ET.SubElement(root, "filename").text = f"{name}.jpg"
-    extent = ET.SubElement(root, "size")
-    for key, value in (("width", width), ("height", height), ("depth", 3)):
-        ET.SubElement(extent, key).text = str(value)
-    ET.SubElement(root, "segmented").text = "1"
-    for thing in sample.objects:
-        node = ET.SubElement(root, "object")
-        ET.SubElement(node, "name").text = thing.name
-        ET.SubElement(node, "difficult").text = "0"
-        box = ET.SubElement(node, "bndbox")
-        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), thing.box, strict=True):
-            ET.SubElement(box, key).text = str(value + 1)
-    ET.indent(root)
-    return ET.ElementTree(root)
-
-
-def _voc_palette() -> list[int]:
-    """PASCAL VOC's 256 colours: the bits of the index dealt to R, G, B from the top bit down."""
-    palette = []
-    for index in range(256):
-        color = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                color[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        palette += color
-    return palette
