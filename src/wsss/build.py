@@ -35,14 +35,14 @@ def build_layout(cfg: DictConfig, download: bool = False) -> Layout:
     Raises:
         UserError: what the constructor finds wrong, or a download that fails or does not exist.
     """
+    if download and "generate" in cfg.data:
+        raise UserError("download=true: this data set is generated, not fetched.")
     data = _data_settings(cfg)
     with _readable():
         if download:
             options = {k: v for k, v in data["dataset"].items() if not k.startswith("_")}
-            kind = hydra.utils.get_object(data["dataset"]["_target_"])
-            if not isinstance(kind, type):
-                raise UserError("download=true: this data set is generated, not fetched.")
-            data["root"] = cast(type[Layout], kind).download(data["root"], **options)
+            kind = cast(type[Layout], hydra.utils.get_class(data["dataset"]["_target_"]))
+            data["root"] = kind.download(data["root"], **options)
         dataset = hydra.utils.instantiate(data["dataset"], _convert_="all")
         return cast(Layout, dataset(root=data["root"]))
 

@@ -94,7 +94,7 @@ def prepare(cfg: DictConfig) -> dict[str, Manifest]:
 def _splits(layout: Layout) -> list[str]:
     try:
         return layout.splits()
-    except UserError:  # said again, and better, by the splits that are asked for
+    except (UserError, OSError):  # said again, and better, by the splits that are asked for
         return []
 
 

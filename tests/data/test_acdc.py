@@ -239,14 +239,15 @@ def test_testing_with_masks(root: Path) -> None:
     for number in (1, 101):  # one that training has as well
         write_patient(root / f"testing/patient{number:03d}", 7)
     assert ACDC(root).splits() == ["train", "val", "test"]
-    before = pictures(ACDC(root).open("train"))
+    train = ACDC(root).open("train")
+    before = pictures(train)
     data = ACDC(root).open("test")
     assert set(data.groups) == {"patient001", "patient101"}
     assert len(data) == 12
     assert data.has_masks
     name = "patient001_frame01_slice_1"
     assert (pictures(data)[name] == grey_values(intensities(701))[1]).all()
-    assert (pictures(ACDC(root).open("train"))[name] == before[name]).all()
+    assert (pictures(train)[name] == before[name]).all()
     assert (before[name] == grey_values(intensities(101))[1]).all()
 
 
@@ -524,6 +525,18 @@ def test_changed_volume_is_cut_anew(root: Path, old: bool) -> None:
         assert ("patient001_frame01" in path) == (stamp != others[path])
 
 
+def test_changed_volume_of_the_same_size_is_cut_anew(root: Path) -> None:
+    for path in patient(root).glob("patient001_frame01*"):
+        path.unlink()
+    path = write_frame(patient(root), 1, intensities(1), regions(), suffix=".nii")
+    size = path.stat().st_size
+    ACDC(root).prepare("train")
+    save(path, intensities(77))
+    assert path.stat().st_size == size
+    found = pictures(ACDC(root).open("train"))["patient001_frame01_slice_1"]
+    np.testing.assert_array_equal(found, grey_values(intensities(77))[1])
+
+
 def test_new_patients_and_frames_are_noticed(root: Path) -> None:
     layout = ACDC(root)  # by a layout that is kept, too
     assert len(layout.open("train")) == 18
@@ -627,7 +640,8 @@ def test_hdf5_names(tmp_path: Path) -> None:
     write_slices(tmp_path, number=2)
     for path in tmp_path.glob("*.h5"):
         path.rename(tmp_path / path.name.replace("slice_", "slice"))
-    (tmp_path / "._patient001_frame01_slice0.h5").write_bytes(b"Mac OS X")
+    for other in ("._", "~"):  # of macOS, of an editor
+        (tmp_path / f"{other}patient001_frame01_slice0.h5").write_bytes(b"no slice")
     (tmp_path / "patient001_frame01.h5").write_bytes(b"a whole volume")
     assert ACDC(tmp_path).open("train").names[:2] == [
         "patient001_frame01_slice0",

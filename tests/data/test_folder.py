@@ -18,6 +18,7 @@ from PIL import Image
 from wsss.data.folder import Folder
 from wsss.data.images import DatasetError
 from wsss.data.layout import Split
+from wsss.data.manifest import Manifest
 
 SIZE = (20, 28)  # height, width
 LABELS = {"a": "cat;dog", "b": "cat", "c": "dog", "d": "fox"}
@@ -269,6 +270,10 @@ def test_links_to_folders_are_followed_and_circles_end(root: Path, tmp_path: Pat
     write_labels(root, {"more/a.jpg": "cat", "c": "dog"})
     write_lines(root / "train.txt", ["more/a", "c"])
     assert train(root).names == ["more/a", "c"]
+    (root / "train.txt").unlink()
+    (root / "val.txt").unlink()
+    write_mask(root, "b")
+    assert [item.name for item in Folder(root).prepare("train").items] == ["c", "d", "more/a"]
 
 
 def test_hidden_and_foreign_files_are_left_alone(root: Path) -> None:
@@ -377,9 +382,14 @@ def test_a_share_by_name_comes_last(tmp_path: Path) -> None:
     for i in range(60):
         write_mask(tmp_path, f"{i:03}", size=(2, 2))
     assert members(tmp_path) == (train, val)
-    numbered(tmp_path, 100)
-    shutil.rmtree(tmp_path / "masks")
-    more_train, more_val = members(tmp_path)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.7])
+def test_images_that_are_added_move_no_other(tmp_path: Path, fraction: float) -> None:
+    numbered(tmp_path, 40)
+    train, val = members(tmp_path, val_fraction=fraction)
+    numbered(tmp_path, 70)
+    more_train, more_val = members(tmp_path, val_fraction=fraction)
     assert set(train) < set(more_train)
     assert set(val) < set(more_val)
 
@@ -487,6 +497,9 @@ def test_file_names_that_are_not_text(root: Path) -> None:
         train(root)
     assert "images/caf\ufffd: the file's name is not UTF-8; rename it" in str(caught.value)
     assert str(caught.value).encode()  # can be printed
+    path = Folder(root).prepare("train").path
+    assert path is not None
+    assert Manifest.load(path) is not None
     with pytest.warns(UserWarning, match="left out 2 of 5"):
         assert train(root, on_error="skip").names == ["a", "c", "d"]
     assert Folder(root).open("val").names == ["b"]

@@ -152,7 +152,10 @@ def test_a_write_that_fails_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.json"
-    write_atomically(path, b"old")
+    write_atomically(path, b"older")
+    with path.open("rb") as reader:
+        write_atomically(path, b"old")
+        assert reader.read() == b"older"  # whoever reads it goes on reading
 
     def full(self: Path, content: bytes) -> int:
         with self.open("wb") as file:

@@ -510,3 +510,9 @@ def test_xml_and_mask_labels_agree_on_voc_mini(voc_mini: Path, tmp_path: Path) -
     by_xml = read(voc_mini, str(path), image_labels="xml")
     by_mask = read(voc_mini, str(path), image_labels="mask")
     np.testing.assert_array_equal(by_xml.labels, by_mask.labels)
+
+
+def test_list_that_is_not_utf8(root: Path) -> None:
+    (root / "ImageSets/Segmentation/train_aug.txt").write_bytes("b\xfcro\n".encode("latin-1"))
+    with pytest.raises(DatasetError, match=r"train_aug\.txt: not UTF-8"):
+        read(root, "train_aug")

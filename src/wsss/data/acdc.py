@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss.data.download import ACDC_SOURCE
-from wsss.data.images import VOID, DatasetError, encode_grey, encode_mask
+from wsss.data.images import VOID, DatasetError, count, encode_grey, encode_mask
 from wsss.data.labels import read_classes
 from wsss.data.layout import Layout, Listing, in_threads
 from wsss.data.manifest import Item, relative, write_atomically
@@ -165,7 +165,8 @@ class ACDC(Layout):
             for item in found
         ]
         patients = len({v.patient for v in volumes})
-        notes = [f"{split}: {patients} patients, {len(volumes)} volumes, pictures in {folder}"]
+        what = f"{count(patients, 'patient')}, {count(len(volumes), 'volume')}"
+        notes = [f"{split}: {what}, pictures in {folder}"]
         sources = [path for volume in volumes for path in (*volume.files, *volume.folders)]
         return Listing(items, [*sources, self.root / "classes.txt"], notes)
 

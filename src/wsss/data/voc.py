@@ -57,8 +57,15 @@ def _list_entry(line: str) -> str:
 
 
 def read_list(path: Path) -> list[str]:
-    """Image names of a list file, one a line."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    """Image names of a list file, one a line.
+
+    Raises:
+        DatasetError: not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path}: not UTF-8 ({error}); save the list as UTF-8") from error
     return [_list_entry(line) for line in lines if line.strip()]
 
 
