@@ -6,13 +6,13 @@ BEASTS = ("fox", "lynx", "hare", "bear")
 CLASSES = (*BEASTS, "boat", "train", "lizard", "ball", "star", "crate")
 TOYS = ("ball", "star", "crate")
 COEXISTENCE_CLASSES = ("boat", "train")
-VERSION = 16  # raise whenever the same parameters would give other files
+VERSION = 17  # raise whenever the same parameters would give other files
 
 PART_FRACTION = (0.12, 0.20)
 """Area of a beast's head patch over that of the object: the range drawn from."""
-HEAD_CONTRAST = 0.6
+HEAD_CONTRAST = 1.0
 """0: a beast's head patch has the tint of its body; 1: it has only colours of its own."""
-TINT_OVERLAP = 0.3
+TINT_OVERLAP = 0.15
 """Probability that a beast's body tint is drawn from all four instead of being its own."""
 COEXISTENCE = 0.85
 """Probability that an image with a boat (train) shows water (rails) under it."""
