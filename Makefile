@@ -39,8 +39,9 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## time and memory of one training step
+bench: install  ## time and memory of one training step; time of an image's two views
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/input_pipeline.py
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) outputs data build dist .pytest_cache .mypy_cache .ruff_cache

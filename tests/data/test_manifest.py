@@ -28,10 +28,10 @@ from wsss.data.manifest import (
     files_by_stem,
     relative,
     work_folder,
-    write_atomically,
 )
 from wsss.data.voc import VOC
 from wsss.errors import UserError
+from wsss.files import write_atomically
 
 
 @pytest.fixture

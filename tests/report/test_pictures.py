@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from wsss.callbacks.pictures import PictureLogger
 from wsss.data.batch import EvalBatch
+from wsss.data.images import voc_palette
 from wsss.methods import CAM, CoSA, Supervised
 from wsss.methods.base import Method
 from wsss.nn import WSSSNetwork
@@ -34,7 +35,6 @@ from wsss.report.pictures import (
     scored_threshold,
     spread,
     strip,
-    voc_palette,
 )
 
 CLASSES = ("cat", "dog", "eel")

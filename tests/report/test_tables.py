@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from wsss.data.batch import EvalBatch
+from wsss.files import write_atomically
 from wsss.methods import CAM, CoSA
 from wsss.methods.base import Method
 from wsss.nn import WSSSNetwork
@@ -22,7 +23,6 @@ from wsss.report.tables import (
     print_scores,
     scores_table,
     write_scores,
-    write_whole,
 )
 
 CLASSES = ("cat", "dog", "eel")
@@ -117,9 +117,9 @@ def test_file_is_plain_json_and_leaves_nothing_beside_it(cosa: Method, tmp_path:
 
 def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    write_whole(path, b"old")
+    write_atomically(path, b"old")
     with pytest.raises(TypeError):
-        write_whole(path, None)  # type: ignore[arg-type]
+        write_atomically(path, None)  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 

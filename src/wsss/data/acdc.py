@@ -19,7 +19,8 @@ from wsss.data.download import ACDC_SOURCE
 from wsss.data.images import VOID, DatasetError, count, encode_grey, encode_mask
 from wsss.data.labels import read_classes
 from wsss.data.layout import Layout, Listing, in_threads
-from wsss.data.manifest import Item, relative, write_atomically
+from wsss.data.manifest import Item, relative
+from wsss.files import write_atomically
 
 ACDC_CLASSES = ("right ventricle", "myocardium", "left ventricle")
 _PATIENT = re.compile(r"patient\d+")

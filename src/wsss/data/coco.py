@@ -17,7 +17,8 @@ from pycocotools import mask as rle
 from wsss.data.download import fetch_and_unpack
 from wsss.data.images import VOID, DatasetError, count, encode_mask, summary
 from wsss.data.layout import Layout, Listing, in_threads
-from wsss.data.manifest import Item, files_by_stem, relative, write_atomically
+from wsss.data.manifest import Item, files_by_stem, relative
+from wsss.files import write_atomically
 
 _SPLITS = ("train", "val")
 _YEARS = (2014, 2017)

@@ -142,7 +142,7 @@ def read_mask(
 def encode_mask(mask: NDArray[np.uint8]) -> bytes:
     """A class mask (H, W) uint8 as a PNG in VOC's colours."""
     image = Image.fromarray(mask, mode="P")
-    image.putpalette(voc_palette())
+    image.putpalette(voc_palette().tobytes())
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -155,16 +155,14 @@ def encode_grey(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def voc_palette() -> list[int]:
-    """PASCAL VOC's 256 colours: the bits of the index dealt to R, G, B from the top bit down."""
-    palette = []
-    for index in range(256):
-        color = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                color[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        palette += color
-    return palette
+def voc_palette(n: int = 256) -> NDArray[np.uint8]:
+    """The colours of PASCAL VOC's label images, (n, 3) uint8: bits of the index, spread out."""
+    index = np.arange(n)[:, None]
+    palette = np.zeros((n, 3), dtype=np.int64)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((index[:, 0] >> (3 * bit + channel)) & 1) << (7 - bit)
+    return palette.astype(np.uint8)
 
 
 def size_problem(

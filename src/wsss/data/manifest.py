@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wsss.errors import UserError
+from wsss.files import write_atomically
 
 FORMAT = 1
 """Raise when files of an older program must not be taken for today's."""
@@ -137,17 +137,6 @@ def _stat(path: str) -> str:
     # Of a folder, the time alone: it changes when a file comes or goes.
     size = 0 if os.path.isdir(path) else found.st_size  # noqa: PTH112
     return f"{size}:{found.st_mtime_ns}"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that other processes see whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def work_folders(root: Path) -> list[Path]:

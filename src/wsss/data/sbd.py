@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from wsss.data.images import DatasetError, encode_mask
 from wsss.data.layout import in_threads
-from wsss.data.manifest import Item, files_by_stem, relative, write_atomically
+from wsss.data.manifest import Item, files_by_stem, relative
+from wsss.files import write_atomically
 
 
 class SBD:

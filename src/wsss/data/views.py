@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
+from wsss.data.images import VOID
 from wsss.errors import UserError
 
 # Worker processes are the parallelism; OpenCV's own threads would only fight over the cores.
 cv2.setNumThreads(0)
 
-VOID = 255
 BLUR_SIGMA = (0.1, 2.0)
 ENHANCE_RANGE = (0.05, 0.95)
 POSTERIZE_BITS = (4, 8)

@@ -30,6 +30,7 @@ from wsss.data.batch import EvalBatch
 from wsss.data.datamodule import WSSSDataModule
 from wsss.data.views import resize_image
 from wsss.errors import UserError
+from wsss.files import write_atomically
 from wsss.methods.base import Method, check_classes
 from wsss.report.pictures import (
     RGB,
@@ -40,7 +41,7 @@ from wsss.report.pictures import (
     scored_threshold,
     spread,
 )
-from wsss.report.tables import PROTOCOL_ORDER, number, write_whole
+from wsss.report.tables import PROTOCOL_ORDER, number
 from wsss.train import quiet_libraries, read_checkpoint
 
 #: protocols of the printed table, narrow enough for a terminal; the CSV has all
@@ -122,8 +123,8 @@ def report(cfg: DictConfig) -> list[Path]:
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     written = [output / "table.md", output / "table.csv"]
-    write_whole(written[0], markdown(header, rows, lines).encode())
-    write_whole(written[1], csv_text(*table_rows(runs, names)).encode())
+    write_atomically(written[0], markdown(header, rows, lines).encode())
+    write_atomically(written[1], csv_text(*table_rows(runs, names)).encode())
     if cfg.pictures:
         written.append(output / "pictures.png")
         save_png(draw_runs(runs, titles, int(cfg.pictures), cfg.data_root), written[-1])

@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from wsss.data.batch import EvalBatch, to_unit_range
+from wsss.data.images import voc_palette
+from wsss.files import write_atomically
 from wsss.methods.base import Method
 from wsss.pseudo import cam_pseudo_label, multi_scale, segmentation_pseudo_label
-from wsss.report.tables import write_whole
 
 RGB = NDArray[np.uint8]
 
@@ -52,16 +53,6 @@ class PanelSet:
 
 
 # --- colours -------------------------------------------------------------------------------
-
-
-def voc_palette(n: int) -> RGB:
-    """The colours of PASCAL VOC's label images, (n, 3) uint8: bits of the index, spread out."""
-    index = np.arange(n)[:, None]
-    palette = np.zeros((n, 3), dtype=np.int64)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((index[:, 0] >> (3 * bit + channel)) & 1) << (7 - bit)
-    return palette.astype(np.uint8)
 
 
 def colourise(label: Tensor | NDArray[np.integer], num_classes: int) -> RGB:
@@ -253,7 +244,7 @@ def save_png(picture: RGB, path: Path) -> None:
     """Write a PNG; the file is always whole, old or new."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def spread(total: int, count: int) -> list[int]:

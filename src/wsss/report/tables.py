@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from wsss.files import write_atomically
 from wsss.methods.base import Method
 
 #: protocols from the headline down; of a network's scores the first that exists is shown per class
@@ -89,7 +89,7 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
 def write_scores(path: Path, method: Method, step: int | None = None) -> None:
     """Write :func:`collect` as JSON; the file is always whole, old or new."""
     text = json.dumps(collect(method, step), indent=2, allow_nan=False)
-    write_whole(path, f"{text}\n".encode())
+    write_atomically(path, f"{text}\n".encode())
 
 
 def print_scores(method: Method, console: Console | None = None) -> None:
@@ -155,17 +155,6 @@ def dice_table(
 def number(value: float | None) -> str:
     """Two decimals; a dash where there is no value."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.2f}"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file next to its place and rename it there, so that it is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _split_names(names: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -15,7 +15,7 @@ constants of :mod:`wsss.data.shapes.difficulty`):
 - ``lizard``: **camouflage.** Its texture is mixed with that of the foliage background
   (``TEXTURE_SIMILARITY``), which it is put on with probability ``CAMOUFLAGE``.
 - ``ball``, ``star``, ``crate``: **a shared part.** Large patches of a colour of their own and of a
-  white that all three (and the windows of trains) have.
+  white that all three (and the windows of trains and boats) have.
 
 The image numbered ``n`` is a pure function of (seed, image size, n): each has its own Philox stream
 and does not depend on how many others there are. :func:`generate` writes them as a tree of PASCAL

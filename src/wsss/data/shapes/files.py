@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from wsss.data.images import encode_mask
 from wsss.data.shapes.difficulty import CLASSES
 from wsss.data.shapes.scene import Sample
 
@@ -41,26 +42,9 @@ def jpeg(image: NDArray[np.uint8]) -> bytes:
 
 def save_mask(path: Path, mask: NDArray[np.uint8]) -> None:
     """Write an (H, W) class mask as a PNG with PASCAL VOC's palette."""
-    png = Image.fromarray(mask, mode="P")
-    png.putpalette(_PALETTE)
-    png.save(path)
+    path.write_bytes(encode_mask(mask))
 
 
 def write_classes(root: Path) -> None:
     """Write ``classes.txt``: one foreground class a line, line k being mask value k."""
     (root / "classes.txt").write_text("".join(f"{c}\n" for c in CLASSES), encoding="utf-8")
-
-
-def _voc_palette() -> list[int]:
-    """PASCAL VOC's 256 colours: the bits of the index dealt to R, G, B from the top bit down."""
-    palette = []
-    for index in range(256):
-        color = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                color[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        palette += color
-    return palette
-
-
-_PALETTE = _voc_palette()
