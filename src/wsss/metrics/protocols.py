@@ -123,9 +123,10 @@ class ProtocolScores(nn.Module):
                     predictions[name] = _present_label(cam, channels, self.cpl_threshold)
             for k, (name, score) in enumerate(zip(self.protocols, self.scores, strict=True)):
                 score.update(predictions[name], target)  # type: ignore[operator]
-                if self.group_dice and batch.groups is not None:
+                group = -1 if batch.groups is None else int(batch.groups[i])
+                if self.group_dice and group >= 0:
                     matrix = score.count(predictions[name], target)  # type: ignore[operator]
-                    self.group_dice[k].update(matrix, int(batch.groups[i]))  # type: ignore[operator]
+                    self.group_dice[k].update(matrix, group)  # type: ignore[operator]
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
         """Scores by protocol name, reduced over ranks; see :meth:`SegmentationScores.compute`.
@@ -140,8 +141,8 @@ class ProtocolScores(nn.Module):
                 name: score.compute()  # type: ignore[operator]
                 for name, score in zip(self.protocols, self.scores, strict=True)
             }
-        for name, dice in zip(self.protocols, self.group_dice, strict=False):
-            value = dice.compute()  # type: ignore[operator]
+            group_dice = [dice.compute() for dice in self.group_dice]  # type: ignore[operator]
+        for name, value in zip(self.protocols, group_dice, strict=False):
             tables[name] |= {
                 "group_dice": value,
                 "mean_group_dice": value[:, 1:].nanmean(0).nanmean(),
