@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from wsss.data.datamodule import WSSSDataModule
 from wsss.data.layout import Layout
 from wsss.errors import UserError
-from wsss.methods.base import CHECKPOINT_KEY, Method
+from wsss.methods.base import Method
 from wsss.nn import WSSSNetwork
 
 
@@ -111,21 +111,6 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     if plain.get("data", {}).get("root"):
         plain["data"]["root"] = str(Path(plain["data"]["root"]).absolute())
     return plain
-
-
-def saved_config(checkpoint: dict[str, Any], path: str | Path) -> DictConfig:
-    """The configuration that a checkpoint was trained with.
-
-    Raises:
-        UserError: the file was not written by ``wsss.train``.
-    """
-    saved = checkpoint.get(CHECKPOINT_KEY, {}).get("config")
-    if not saved:
-        raise UserError(
-            f"'{path}' was not written by wsss.train: it holds no configuration. Checkpoints lie "
-            "in a run's checkpoints/ folder."
-        )
-    return cast(DictConfig, OmegaConf.create(saved))
 
 
 class _readable:

@@ -7,20 +7,20 @@ Every network of the method under every protocol in one pass over the validation
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from wsss.build import build_data, build_method, build_network, saved_config
+from wsss.build import build_data
 from wsss.callbacks.pictures import PictureLogger
-from wsss.cli import hydra_command
+from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.cli import hydra_command, quiet_libraries
 from wsss.errors import UserError
-from wsss.methods.base import Method, check_classes
+from wsss.files import check_writable
+from wsss.methods.base import check_classes
 from wsss.progress import TrainProgress
 from wsss.report.tables import print_scores, write_scores
-from wsss.train import check_writable, quiet_libraries, read_checkpoint
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -41,9 +41,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
             "checkpoint is not set: give a run's file, for example "
             "checkpoint=outputs/.../checkpoints/best.ckpt."
         )
-    path = Path(cfg.checkpoint)
-    if not path.is_file():
-        raise UserError(f"checkpoint='{path}': no such file.")
+    path = find_checkpoint(cfg.checkpoint)
     output_dir = Path(cfg.output_dir or path.parent.parent / "evaluation")
     check_writable(output_dir)
     if cfg.threads:
@@ -62,7 +60,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
             f"split '{data.val_split}' of {data.root} has no masks: there is nothing to score. "
             "Choose another with data.val_split=..."
         )
-    method = load_method(run, checkpoint, data.classes, path)
+    method = restore_method(checkpoint, run, path)
 
     trainer = L.Trainer(
         accelerator=cfg.accelerator,
@@ -101,23 +99,6 @@ def merge(saved: DictConfig, cfg: DictConfig) -> DictConfig:
     if cfg.precision is not None:
         run.trainer.precision = cfg.precision
     return run
-
-
-def load_method(
-    run: DictConfig, checkpoint: dict[str, Any], classes: tuple[str, ...], path: Path
-) -> Method:
-    """The method of a checkpoint, with its weights.
-
-    Raises:
-        UserError: the checkpoint's tensors do not fit the network its configuration describes.
-    """
-    network = build_network(run, len(classes), load_weights=False)
-    method = build_method(run, network, classes)
-    try:
-        method.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"'{path}' does not fit its own configuration: {error}") from error
-    return method
 
 
 def main() -> None:

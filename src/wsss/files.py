@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
+
+from wsss.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -15,3 +18,21 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and prove that a file can be written there.
+
+    Raises:
+        UserError: it cannot.
+    """
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"output_dir='{folder}' cannot be written ({error.strerror}). Choose another folder "
+            "with output_dir=..."
+        ) from error

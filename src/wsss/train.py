@@ -7,12 +7,9 @@ Writes into ``output_dir``: ``checkpoints/`` (last.ckpt, best.ckpt), ``metrics.c
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -23,8 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from wsss.build import build_data, build_method, build_network, method_class
 from wsss.callbacks.checkpoint import AtomicCheckpointIO, ResumableInterrupt
 from wsss.callbacks.pictures import PictureLogger
-from wsss.cli import hydra_command
+from wsss.checkpoints import read_checkpoint
+from wsss.cli import hydra_command, quiet_libraries
 from wsss.errors import UserError
+from wsss.files import check_writable
 from wsss.loggers import make_loggers
 from wsss.methods.base import Method, check_classes
 from wsss.progress import TrainProgress
@@ -159,24 +158,6 @@ def keep_best(folder: Path, trainer: L.Trainer, monitor: str) -> None:
         part.replace(folder / "best.ckpt")
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder and prove that a file can be written there.
-
-    Raises:
-        UserError: it cannot.
-    """
-    probe = folder / f".writable-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"output_dir='{folder}' cannot be written ({error.strerror}). Choose another folder "
-            "with output_dir=..."
-        ) from error
-
-
 def find_checkpoint(ckpt: str | None, output_dir: Path) -> Path | None:
     """The file that ``ckpt=`` means; ``last`` is the run folder's own, if it exists.
 
@@ -194,37 +175,6 @@ def find_checkpoint(ckpt: str | None, output_dir: Path) -> Path | None:
         hint = f" There are: {', '.join(p.name for p in near)}." if near else ""
         raise UserError(f"ckpt='{ckpt}': no such file.{hint}")
     return path
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content: tensors and plain containers only.
-
-    Raises:
-        UserError: the file cannot be read so.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here: pickle, zip, runtime
-        raise UserError(
-            f"'{path}' cannot be read as a checkpoint ({str(error).splitlines()[0]}). It may be "
-            "cut off or of another program; take another one, for example best.ckpt."
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' is not a checkpoint of wsss.")
-    return content
-
-
-def quiet_libraries() -> None:
-    """Silence hints that do not concern users of this library."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*Experiment logs directory.*")  # kept, see loggers
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
 
 
 def main() -> None:

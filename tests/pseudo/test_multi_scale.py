@@ -155,6 +155,15 @@ def test_mirrored_images_give_mirrored_maps() -> None:
         torch.testing.assert_close(ours, other.flip(-1), rtol=1e-5, atol=1e-5)
 
 
+def test_without_cams_the_segmentation_is_the_same() -> None:
+    network, images = PatchNetwork(), _images(8, 12)
+    everything = multi_scale(network, images, (1.0, 0.5))
+    out = multi_scale(network, images, (1.0, 0.5), cam_scales=())
+    assert out.cam.shape == out.early_cam.shape == (len(images), 0, 8, 12)
+    assert out.seg_logits is not None
+    torch.testing.assert_close(out.seg_logits, everything.seg_logits, rtol=0, atol=0)
+
+
 def test_order_of_scales_does_not_matter() -> None:
     network, images = PatchNetwork(), _images(8, 12)
     one, other = (multi_scale(network, images, s) for s in ((1.0, 0.5, 1.5), (1.5, 1.0, 0.5)))
@@ -184,7 +193,13 @@ def test_bfloat16_network() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"fuse": "mean"}, {"scales": ()}, {"scales": (1.0, 0.0)}, {"cam_scales": (0.0,)}],
+    [
+        {"fuse": "mean"},
+        {"scales": ()},
+        {"scales": (1.0, 0.0)},
+        {"cam_scales": (0.0,)},
+        {"cam_scales": (), "decode": False},
+    ],
     ids=str,
 )
 def test_wrong_options_are_refused(wrong: dict[str, object]) -> None:

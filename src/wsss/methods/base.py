@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from wsss import __version__
 from wsss.data.batch import Batch, EvalBatch
 from wsss.distributed import mean_over_ranks
 from wsss.errors import UserError
@@ -17,6 +18,8 @@ from wsss.metrics.protocols import ProtocolScores
 from wsss.nn import WSSSNetwork
 
 CHECKPOINT_KEY = "wsss"
+#: raised when an older version could not read what a newer one writes
+CHECKPOINT_FORMAT = 1
 #: steps between two looks at the losses on an accelerator, where a look holds the step up
 FINITE_CHECK_EVERY = 50
 
@@ -76,6 +79,7 @@ class Method(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.warmup_ratio = warmup_ratio
         self.power = power
+        self.eval_scales = tuple(eval_scales)
         self.cam_scales = tuple(cam_scales)
         self.scores = nn.ModuleDict(
             {
@@ -214,7 +218,12 @@ class Method(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._raise_if_not_finite()
-        checkpoint[CHECKPOINT_KEY] = {"classes": list(self.classes), "config": self.run_config}
+        checkpoint[CHECKPOINT_KEY] = {
+            "format": CHECKPOINT_FORMAT,
+            "version": __version__,
+            "classes": list(self.classes),
+            "config": self.run_config,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_classes(checkpoint, self.classes)

@@ -16,7 +16,8 @@ class MultiScaleOutput(NamedTuple):
     """Activations at the input size.
 
     Attributes:
-        cam: (B, C, H, W), each channel of each image normalised to [0, 1].
+        cam: (B, C, H, W), each channel of each image normalised to [0, 1]; (B, 0, H, W) when CAMs
+            were not asked for.
         early_cam: (B, C, H, W), the same of the early features.
         seg_logits: (B, C + 1, H, W); None when the decoder was not asked for.
     """
@@ -72,7 +73,7 @@ def multi_scale(
         labels: (B, C) 0/1. CAM channels of absent classes become 0; segmentation logits of
             absent classes are not computed (0): only for consumers that mask them, such as
             :func:`~wsss.pseudo.segmentation_pseudo_label`. Background is always computed.
-        cam_scales: those of the CAMs. A scale that both have is run once.
+        cam_scales: those of the CAMs. A scale that both have is run once. Empty: no CAMs.
         decode: False leaves the decoder out; then only the scales of the CAMs are run.
 
     Raises:
@@ -81,9 +82,11 @@ def multi_scale(
     if fuse not in FUSE_MODES:
         raise ValueError(f"fuse='{fuse}': choose one of {', '.join(FUSE_MODES)}.")
     cam_scales = scales if cam_scales is None else cam_scales
-    for key, value in (("scales", scales), ("cam_scales", cam_scales)):
-        if not value or min(value) <= 0:
-            raise ValueError(f"{key}={list(value)}: give at least one positive factor.")
+    if not (scales if decode else cam_scales) or min([*scales, *cam_scales]) <= 0:
+        raise ValueError(
+            f"scales={list(scales)}, cam_scales={list(cam_scales)}: give at least one positive "
+            "factor."
+        )
 
     size = (images.shape[-2], images.shape[-1])
     batch = images.shape[0]
@@ -118,6 +121,9 @@ def multi_scale(
         segmentation = segmentation / len(scales)
     if segmentation is not None and present is not None:
         segmentation = present.scatter(segmentation, background=True)
+    if not cam_scales:
+        nothing = images.new_zeros((batch, 0, *size))
+        return MultiScaleOutput(nothing, nothing, segmentation)
     cam, early_cam = (normalise_cam(c) for c in cams if c is not None)
     if present is not None:
         cam, early_cam = present.scatter(cam), present.scatter(early_cam)

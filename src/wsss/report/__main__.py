@@ -24,14 +24,15 @@ from rich.box import SIMPLE_HEAVY
 from rich.console import Console
 from rich.table import Table
 
-from wsss.build import build_data, build_method, build_network, saved_config
-from wsss.cli import hydra_command
+from wsss.build import build_data
+from wsss.checkpoints import read_checkpoint, restore_method, saved_config
+from wsss.cli import hydra_command, quiet_libraries
 from wsss.data.batch import EvalBatch
 from wsss.data.datamodule import WSSSDataModule
 from wsss.data.views import resize_image
 from wsss.errors import UserError
 from wsss.files import write_atomically
-from wsss.methods.base import Method, check_classes
+from wsss.methods.base import check_classes
 from wsss.report.pictures import (
     RGB,
     PanelSet,
@@ -42,7 +43,6 @@ from wsss.report.pictures import (
     spread,
 )
 from wsss.report.tables import PROTOCOL_ORDER, number
-from wsss.train import quiet_libraries, read_checkpoint
 
 #: protocols of the printed table, narrow enough for a terminal; the CSV has all
 MAIN_PROTOCOLS = ("seg/miou_ms_flip", "cpl/miou_ms_flip")
@@ -351,7 +351,7 @@ def draw_runs(
         check_classes(checkpoint, data.classes, str(run.checkpoint))
         if checkpoint.get("global_step") != run.content.get("step"):
             title = f"{title} at step {checkpoint.get('global_step')}"  # not what was scored
-        method = load_method(checkpoint, cfg, data.classes, run.checkpoint).to(device)
+        method = restore_method(checkpoint, cfg, run.checkpoint).to(device)
         indices = data.val_indices()
         for i, position in enumerate(spread(len(indices), count)):
             batch = eval_batch(data, indices[position], int(cfg.data.eval_size), device)
@@ -384,26 +384,6 @@ def open_data(cfg: DictConfig, root: str | None) -> WSSSDataModule:
             "data_root=..., or leave the pictures out with pictures=0."
         ) from error
     return data
-
-
-def load_method(
-    checkpoint: dict[str, Any], cfg: DictConfig, classes: tuple[str, ...], path: Path
-) -> Method:
-    """The method of a checkpoint with its weights, ready to be looked at.
-
-    Raises:
-        UserError: the weights do not fit the configuration in the same file.
-    """
-    network = build_network(cfg, len(classes), load_weights=False)
-    method = build_method(cfg, network, classes)
-    try:
-        method.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(
-            f"'{path}' does not fit this version of wsss ({str(error).splitlines()[0]}). Draw it "
-            "with the version that wrote it, or set pictures=0."
-        ) from error
-    return method.eval()
 
 
 def eval_batch(data: WSSSDataModule, index: int, size: int, device: torch.device) -> EvalBatch:

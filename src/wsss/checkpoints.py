@@ -1,0 +1,112 @@
+"""Checkpoints: read without running code, and turned back into the method that wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from wsss.build import build_method, build_network
+from wsss.errors import UserError
+from wsss.methods.base import CHECKPOINT_FORMAT, CHECKPOINT_KEY, Method
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The file that ``checkpoint=`` means; a run's folder stands for its best checkpoint.
+
+    Raises:
+        UserError: no such file; names those that are near.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in ("best.ckpt", "last.ckpt"):
+            for folder in (path / "checkpoints", path):
+                if (folder / name).is_file():
+                    return folder / name
+        raise UserError(
+            f"checkpoint='{path}' is a folder without checkpoints/best.ckpt or last.ckpt: give a "
+            "run's folder or its .ckpt file."
+        )
+    near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+    hint = f" There are: {', '.join(p.name for p in near)}." if near else ""
+    raise UserError(f"checkpoint='{path}': no such file.{hint}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content: tensors and plain containers only.
+
+    Raises:
+        UserError: the file cannot be read so, or was written by a newer version of wsss.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here: pickle, zip, runtime
+        raise UserError(
+            f"'{path}' cannot be read as a checkpoint ({str(error).splitlines()[0]}). It may be "
+            "cut off or of another program; take another one, for example best.ckpt."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' is not a checkpoint of wsss.")
+    about = content.get(CHECKPOINT_KEY)
+    if isinstance(about, dict) and about.get("format", 1) > CHECKPOINT_FORMAT:
+        raise UserError(
+            f"'{path}' was written by wsss {about.get('version')} in format {about['format']}; "
+            f"this version reads up to {CHECKPOINT_FORMAT}. Update wsss."
+        )
+    return content
+
+
+def saved_config(checkpoint: dict[str, Any], path: str | Path) -> DictConfig:
+    """The configuration that a checkpoint was trained with.
+
+    Raises:
+        UserError: the file was not written by wsss.
+    """
+    saved = checkpoint.get(CHECKPOINT_KEY, {}).get("config")
+    if not saved:
+        raise UserError(
+            f"'{path}' was not written by wsss: it holds no configuration. Checkpoints lie in a "
+            "run's checkpoints/ folder; `wsss import_checkpoint` makes one of the authors' files."
+        )
+    return cast(DictConfig, OmegaConf.create(saved))
+
+
+def saved_classes(checkpoint: dict[str, Any], path: str | Path) -> tuple[str, ...]:
+    """Foreground class names of a checkpoint, in label order.
+
+    Raises:
+        UserError: the file was not written by wsss.
+    """
+    classes = checkpoint.get(CHECKPOINT_KEY, {}).get("classes")
+    if not classes:
+        raise UserError(f"'{path}' was not written by wsss: it names no classes.")
+    return tuple(classes)
+
+
+def restore_method(checkpoint: dict[str, Any], config: DictConfig, path: str | Path) -> Method:
+    """The method of a checkpoint with its weights, in eval mode, on the CPU.
+
+    Args:
+        checkpoint: from :func:`read_checkpoint`.
+        config: its :func:`saved_config`, perhaps changed.
+        path: for the error.
+
+    Raises:
+        UserError: the checkpoint's tensors do not fit the network its configuration describes.
+    """
+    classes = saved_classes(checkpoint, path)
+    network = build_network(config, len(classes), load_weights=False)
+    method = build_method(config, network, classes)
+    try:
+        method.load_state_dict(checkpoint["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split("\n", 2)[:2]).strip()
+        raise UserError(
+            f"'{path}' does not fit the configuration in the same file ({reason[:300]}). It was "
+            "changed, or written by another version of wsss: use that one."
+        ) from error
+    return method.eval()

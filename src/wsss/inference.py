@@ -1,0 +1,144 @@
+"""A trained network, ready to look at images: what the commands after training share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.data.batch import to_unit_range
+from wsss.errors import UserError
+from wsss.methods.base import Method
+from wsss.nn import WSSSNetwork
+from wsss.pseudo import MultiScaleOutput, multi_scale
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+class Inference:
+    """One network of a checkpoint at its multi-scale protocol.
+
+    Args:
+        method: with its weights.
+        network: name of one of its networks (``an``, ``on``); None takes the one to deploy.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ... or ``auto``: the first GPU, else the CPU.
+        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
+        scales: of the segmentation logits, with flips; None takes the method's.
+        cam_scales: of the CAMs, with flips; None takes the method's.
+
+    Attributes:
+        classes: C foreground class names; class i has label i + 1.
+        size: side of the square that the run's evaluation resizes images to.
+        has_segmentation, has_cam: what the method trains.
+
+    Raises:
+        UserError: no such network, device or precision.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        network: str | None = None,
+        device: str = "auto",
+        precision: str = "32-true",
+        scales: Sequence[float] | None = None,
+        cam_scales: Sequence[float] | None = None,
+    ) -> None:
+        networks = method.networks()
+        if network is not None and network not in networks:
+            raise UserError(f"network='{network}': this method has {', '.join(networks)}.")
+        if precision not in PRECISIONS:
+            raise UserError(f"precision='{precision}': choose one of {', '.join(PRECISIONS)}.")
+        self.method = method
+        self.network_name = network or next(iter(networks))
+        self.device = find_device(device)
+        self.network: WSSSNetwork = networks[self.network_name].to(self.device).eval()
+        self.precision = precision
+        self.scales = tuple(scales or method.eval_scales)
+        self.cam_scales = tuple(cam_scales or method.cam_scales)
+        self.classes = method.classes
+        self.has_segmentation = method.evaluates_segmentation
+        self.has_cam = method.evaluates_cam
+        self.size = int(method.run_config["data"]["eval_size"])
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        network: str | None = None,
+        device: str = "auto",
+        precision: str | None = None,
+        scales: Sequence[float] | None = None,
+        cam_scales: Sequence[float] | None = None,
+    ) -> Inference:
+        """From a checkpoint file or a run's folder; ``precision=None`` takes the run's.
+
+        Raises:
+            UserError: what :func:`~wsss.checkpoints.read_checkpoint`,
+                :func:`~wsss.checkpoints.restore_method` and the constructor find wrong.
+        """
+        path = find_checkpoint(checkpoint)
+        content = read_checkpoint(path)
+        config = saved_config(content, path)
+        method = restore_method(content, config, path)
+        precision = precision or str(config.trainer.precision)
+        return cls(method, network, device, precision, scales, cam_scales)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Tensor,
+        segmentation: bool = True,
+        cam: bool = True,
+        labels: Tensor | None = None,
+    ) -> MultiScaleOutput:
+        """Multi-scale, flipped inference of images at the inference size.
+
+        Args:
+            images: (B, 3, H, W) RGB, uint8 or float in [0, 1], on any device.
+            segmentation: compute the segmentation logits.
+            cam: compute the CAMs.
+            labels: (B, C) 0/1; see :func:`~wsss.pseudo.multi_scale`.
+
+        Returns:
+            On :attr:`device`, float32, at the size of ``images``.
+        """
+        with self._autocast():
+            return multi_scale(
+                self.network,
+                to_unit_range(images.to(self.device)),
+                self.scales,
+                cam_scales=self.cam_scales if cam else (),
+                labels=None if labels is None else labels.to(self.device),
+                decode=segmentation and self.has_segmentation,
+            )
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.precision == "32-true":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16
+        return torch.autocast(self.device.type, dtype=dtype)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        UserError: unknown, or not on this machine.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device='{name}' is not on this machine ({str(error).splitlines()[0]}): choose cpu, "
+            "cuda or auto."
+        ) from error
+    return device

@@ -1,0 +1,143 @@
+"""What a checkpoint may be, and what it may not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands.conftest import TINY, compose
+from wsss.build import build_method, build_network
+from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.errors import UserError
+from wsss.inference import Inference, find_device
+from wsss.methods.base import CHECKPOINT_FORMAT
+
+CLASSES = ("cat", "dog", "hen")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained method's checkpoint, as training writes it."""
+    config = compose("train", [*TINY, "data.root=nowhere"])
+    torch.manual_seed(0)
+    method = build_method(config, build_network(config, len(CLASSES)), CLASSES)
+    content: dict[str, Any] = {"state_dict": method.state_dict(), "global_step": 7}
+    method.on_save_checkpoint(content)
+    path = tmp_path_factory.mktemp("run") / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    torch.save(content, path)
+    return path
+
+
+def _changed(path: Path, tmp_path: Path, **about: Any) -> Path:
+    content = torch.load(path, weights_only=True)
+    content["wsss"] |= about
+    torch.save(content, tmp_path / "changed.ckpt")
+    return tmp_path / "changed.ckpt"
+
+
+def test_a_folder_stands_for_its_best_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint.parent, run / "checkpoints")
+    assert find_checkpoint(run) == run / "checkpoints" / "last.ckpt"
+    shutil.copy(checkpoint, run / "checkpoints" / "best.ckpt")
+    assert find_checkpoint(run) == run / "checkpoints" / "best.ckpt"
+    assert find_checkpoint(run / "checkpoints") == run / "checkpoints" / "best.ckpt"
+    assert find_checkpoint(str(checkpoint)) == checkpoint
+
+
+def test_a_missing_file_names_its_neighbours(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file\. There are: last\.ckpt"):
+        find_checkpoint(checkpoint.with_name("beste.ckpt"))
+    with pytest.raises(UserError, match="folder without checkpoints"):
+        find_checkpoint(tmp_path)
+
+
+def test_half_written(checkpoint: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.ckpt"
+    half.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+    with pytest.raises(UserError, match="cut off"):
+        read_checkpoint(half)
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path("evil").touch, ()
+
+
+def test_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": _Evil()}, tmp_path / "evil.ckpt")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_checkpoint(tmp_path / "evil.ckpt")
+    assert not Path("evil").exists()
+
+
+def test_a_newer_format(checkpoint: Path, tmp_path: Path) -> None:
+    newer = _changed(checkpoint, tmp_path, format=CHECKPOINT_FORMAT + 1, version="9.1")
+    with pytest.raises(UserError, match=r"wsss 9\.1 in format 2; this version reads up to 1"):
+        read_checkpoint(newer)
+
+
+def test_no_configuration(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    content = read_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="holds no configuration"):
+        saved_config(content, "other.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        read_checkpoint(tmp_path / "list.ckpt")
+
+
+def test_another_backbone(checkpoint: Path) -> None:
+    content = read_checkpoint(checkpoint)
+    config = saved_config(content, checkpoint)
+    config.backbone.options.embed_dim = 48
+    with pytest.raises(UserError, match="does not fit the configuration"):
+        restore_method(content, config, checkpoint)
+
+
+def test_restored_weights(checkpoint: Path) -> None:
+    content = read_checkpoint(checkpoint)
+    method = restore_method(content, saved_config(content, checkpoint), checkpoint)
+    assert method.classes == CLASSES
+    assert not method.training
+    for name, value in method.state_dict().items():
+        torch.testing.assert_close(value, content["state_dict"][name], equal_nan=True)
+
+
+def test_inference(checkpoint: Path) -> None:
+    inference = Inference.load(checkpoint, device="cpu")
+    assert (inference.network_name, inference.size) == ("an", 64)
+    images = torch.randint(0, 256, (2, 3, 32, 40), dtype=torch.uint8)
+    out = inference(images)
+    assert out.seg_logits is not None
+    assert out.seg_logits.shape == (2, 4, 32, 40)
+    assert out.cam.shape == (2, 3, 32, 40)
+    torch.testing.assert_close(inference(images / 255).cam, out.cam)
+    assert inference(images, segmentation=False).seg_logits is None
+    without = inference(images, cam=False)
+    assert without.cam.shape[1] == 0
+    torch.testing.assert_close(without.seg_logits, out.seg_logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"network": "of"}, "network='of': this method has an, on"),
+        ({"precision": "8"}, "precision='8': choose one of"),
+        ({"device": "abacus"}, "device='abacus' is not on this machine"),
+        ({"device": "cuda:77"}, "device='cuda:77' is not on this machine"),
+    ],
+)
+def test_inference_options(checkpoint: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Inference.load(checkpoint, **{"device": "cpu", **options})
+
+
+def test_the_device_of_auto() -> None:
+    assert find_device("auto").type in ("cpu", "cuda", "mps", "xpu")
