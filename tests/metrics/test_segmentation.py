@@ -210,3 +210,41 @@ def test_dice_of_groups() -> None:
         assert found[group].tolist() == pytest.approx(expected, nan_ok=True)
     assert math.isnan(found[0, 3])
     assert not scores.matrix.any()  # counting for a group leaves the whole alone
+
+
+def test_mean_iou_of_coexistence_classes() -> None:
+    """Only of those listed, in any order; the other scores stay as they are."""
+    pair = _maps((30, 30), 5, seed=13)
+    plain, scores = SegmentationScores(5), SegmentationScores(5, coexistence=[4, 1])
+    plain.update(*pair)
+    scores.update(*pair)
+    found, expected = scores.compute(), oracle.segmentation_scores([pair], 5)["iou"]
+    assert found["cmiou"].item() == pytest.approx((expected[1] + expected[4]) / 2)
+    assert found["cmiou"].dim() == 0
+    assert found.keys() - plain.compute().keys() == {"cmiou"}
+    for name, value in plain.compute().items():
+        assert torch.equal(found[name], value)
+
+
+def test_an_absent_coexistence_class_is_left_out() -> None:
+    pair = (torch.tensor([0, 1, 1, 3]), torch.tensor([0, 1, 0, 3]))
+    some, none = SegmentationScores(4, coexistence=(1, 2)), SegmentationScores(4, coexistence=(2,))
+    for scores in (some, none):
+        scores.update(*pair)
+    with pytest.warns(UserWarning, match=r"\b2\b"):
+        assert some.compute()["cmiou"].item() == pytest.approx(0.5)
+    with pytest.warns(UserWarning, match=r"\b2\b"):
+        assert math.isnan(none.compute()["cmiou"].item())
+
+
+def test_no_coexistence_classes_give_no_score() -> None:
+    for coexistence in (None, [], ()):
+        scores = SegmentationScores(2, coexistence=coexistence)
+        scores.update(torch.tensor([0, 1]), torch.tensor([0, 1]))
+        assert "cmiou" not in scores.compute()
+
+
+@pytest.mark.parametrize("coexistence", [[5], [1, -1], [1, 2, 1], [255]])
+def test_unknown_coexistence_classes_are_refused(coexistence: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"0\.\.4"):
+        SegmentationScores(5, coexistence=coexistence)

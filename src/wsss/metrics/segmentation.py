@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from wsss.metrics.checks import check_range, check_same_shape, warn_left_out
 
 
 class SegmentationScores(Metric):
@@ -20,6 +22,12 @@ class SegmentationScores(Metric):
         num_classes: classes of the maps, background included (C + 1).
         ignore_index: target value of pixels that are left out.
         class_names: for the warning about absent classes.
+        coexistence: numbers (0..C) of the classes that are often seen together with their
+            surroundings (train and rails); ``compute`` then gives their mean IoU, ``cmiou``. None
+            or empty: no such score.
+
+    Raises:
+        ValueError: ``coexistence`` holds a number outside 0..num_classes-1, or one twice.
     """
 
     full_state_update = False
@@ -30,12 +38,19 @@ class SegmentationScores(Metric):
         num_classes: int,
         ignore_index: int = 255,
         class_names: tuple[str, ...] | None = None,
+        coexistence: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.class_names = class_names
+        self.coexistence = list(coexistence or ())
+        if sorted(set(range(num_classes)) & set(self.coexistence)) != sorted(self.coexistence):
+            raise ValueError(
+                f"coexistence {self.coexistence}: give each class once, by its number "
+                f"0..{num_classes - 1} in the masks."
+            )
         self.add_state(
             "matrix",
             torch.zeros(num_classes, num_classes, dtype=torch.int64),
@@ -52,11 +67,7 @@ class SegmentationScores(Metric):
         Raises:
             ValueError: shapes differ, or a value is neither a class nor (targets) ignored.
         """
-        if prediction.shape != target.shape:
-            raise ValueError(
-                f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ: "
-                "resize the logits to the mask's size before the argmax."
-            )
+        check_same_shape(prediction, target)
         self.matrix += self.count(prediction, target)
 
     def count(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -66,13 +77,7 @@ class SegmentationScores(Metric):
         if target.numel() == 0:
             return torch.zeros_like(self.matrix)
         for name, values in (("target", target), ("prediction", prediction)):
-            low, high = (int(v) for v in values.aminmax())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(
-                    f"the {name} holds values from {low} to {high}; expected "
-                    f"0..{self.num_classes - 1} (targets also {self.ignore_index}): check the "
-                    "class list."
-                )
+            check_range(name, values, self.num_classes, self.ignore_index)
         index = target * self.num_classes + prediction
         counts = torch.bincount(index, minlength=self.num_classes**2)
         return counts.view(self.num_classes, self.num_classes)
@@ -83,7 +88,9 @@ class SegmentationScores(Metric):
         ``iou``, ``precision``, ``recall``, ``confusion_ratio`` (FP / TP) and ``dice``, with
         ``miou`` and ``mean_*``. A class that neither targets nor predictions hold is NaN and
         left out of the means; a warning names it. A class that is never right has no finite
-        confusion ratio and is left out of that mean alone.
+        confusion ratio and is left out of that mean alone. With ``coexistence`` also ``cmiou``,
+        the mean IoU of those of its classes that are not absent (NaN: none is left).
+        ``confusion`` (C + 1, C + 1) counts the pixels, targets in rows.
         """
         matrix = self.matrix.double()
         true_positive = matrix.diagonal()
@@ -91,16 +98,8 @@ class SegmentationScores(Metric):
         false_negative = matrix.sum(1) - true_positive
         union = true_positive + false_positive + false_negative
         absent = union == 0
-        if bool(absent.any()):
-            names = [
-                self.class_names[i] if self.class_names else str(i)
-                for i in absent.nonzero().flatten().tolist()
-            ]
-            warnings.warn(
-                f"classes without a pixel in targets and predictions, left out of the means: "
-                f"{', '.join(names)}.",
-                stacklevel=2,
-            )
+        names = self.class_names or [str(i) for i in range(self.num_classes)]
+        warn_left_out(absent, names, "a pixel in targets and predictions")
 
         def ratio(above: Tensor, below: Tensor) -> Tensor:
             return torch.where(absent, torch.nan, above / below)
@@ -117,7 +116,9 @@ class SegmentationScores(Metric):
             ("miou" if name == "iou" else f"mean_{name}"): value[torch.isfinite(value)].mean()
             for name, value in scores.items()
         }
-        return scores | means
+        if self.coexistence:
+            means["cmiou"] = scores["iou"][self.coexistence].nanmean()
+        return scores | means | {"confusion": self.matrix.clone()}
 
 
 class GroupDice(Metric):
