@@ -3,11 +3,13 @@
 from wsss.losses.cam2seg import cam2seg_loss
 from wsss.losses.classification import classification_loss
 from wsss.losses.contrastive_separation import contrastive_separation_loss
+from wsss.losses.dense_energy import dense_energy_loss
 from wsss.losses.seg2cam import seg2cam_loss
 
 __all__ = [
     "cam2seg_loss",
     "classification_loss",
     "contrastive_separation_loss",
+    "dense_energy_loss",
     "seg2cam_loss",
 ]
