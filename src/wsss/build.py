@@ -108,7 +108,7 @@ def build_method(cfg: DictConfig, network: WSSSNetwork, classes: tuple[str, ...]
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain containers, with the data folder made absolute."""
     plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    if plain.get("data", {}).get("root"):
+    if plain.get("data", {}).get("root") not in (None, "???"):
         plain["data"]["root"] = str(Path(plain["data"]["root"]).absolute())
     return plain
 

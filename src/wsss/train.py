@@ -1,7 +1,8 @@
 """Train a method: ``python -m wsss.train experiment=cosa_voc data.root=/data/VOC2012``.
 
 Writes into ``output_dir``: ``checkpoints/`` (last.ckpt, best.ckpt), ``metrics.csv``,
-``config.yaml``, ``pictures/`` and, at the end, ``scores.json``: every network under every protocol.
+``config.yaml``, ``environment.json``, ``pictures/`` and, at the end, ``scores.json`` (every network
+under every protocol) and ``images.csv`` (every image).
 """
 
 from __future__ import annotations
@@ -10,24 +11,27 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from wsss.build import build_data, build_method, build_network, method_class
 from wsss.callbacks.checkpoint import AtomicCheckpointIO, ResumableInterrupt
 from wsss.callbacks.pictures import PictureLogger
 from wsss.checkpoints import read_checkpoint
-from wsss.cli import hydra_command, quiet_libraries
+from wsss.cli import hydra_command, nearest, quiet_libraries
+from wsss.environment import describe, write_environment
 from wsss.errors import UserError
 from wsss.files import check_writable
 from wsss.loggers import make_loggers
 from wsss.methods.base import Method, check_classes
 from wsss.progress import TrainProgress
-from wsss.report.tables import print_scores, write_scores
+from wsss.report.tables import print_scores, write_image_scores, write_scores
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +51,13 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
             loss that is not finite, during training.
     """
     quiet_libraries()
+    cfg = apply_variant(cfg)
     check_writable(output_dir)
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
-    data = build_data(cfg, load_masks=method_class(cfg).needs_masks)
+    data = build_data(cfg, load_masks=method_class(cfg).wants_masks(cfg.method))
     try:
         data.setup("fit")
     except (ValueError, OSError) as error:
@@ -63,13 +68,17 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     network = build_network(cfg, data.num_classes, load_weights=checkpoint is None)
     method = build_method(cfg, network, data.classes)
     trainer = make_trainer(cfg, method, output_dir)
+    about = describe(cfg.trainer.precision, trainer.world_size)
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(method.run_config), output_dir / "config.yaml")
+        write_environment(output_dir / "environment.json", about)
 
     trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if any(getattr(c, "interrupted", False) for c in trainer.callbacks):  # type: ignore[attr-defined]
         sys.exit(130)
     trainer.save_checkpoint(output_dir / "checkpoints" / "last.ckpt", weights_only=False)
+    if trainer.is_global_zero:
+        write_environment(output_dir / "environment.json", about, finished=True)
     if not cfg.evaluate:
         return {}
     trainer.validate(method, datamodule=data, verbose=False)
@@ -77,6 +86,7 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     if trainer.is_global_zero:
         keep_best(output_dir / "checkpoints", trainer, method.monitor)
         write_scores(output_dir / "scores.json", method)
+        write_image_scores(output_dir / "images.csv", method)
         if data.has_masks:
             print_scores(method)
         else:
@@ -86,6 +96,26 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
             )
         print(f"Run folder: {output_dir}")
     return {k: v for k, v in scores.items() if k.split("/")[0] in method.network_names}
+
+
+def apply_variant(cfg: DictConfig) -> DictConfig:
+    """The configuration with the settings of ``cfg.variant``, one of ``cfg.variants``.
+
+    Raises:
+        UserError: no such variant, or one that sets a key that does not exist.
+    """
+    if cfg.variant is None:
+        return cfg
+    if cfg.variant not in cfg.variants:
+        if not cfg.variants:
+            raise UserError(f"variant={cfg.variant}: variants belong to a sweep; set sweep=...")
+        raise UserError(f"variant={cfg.variant}: no such one. {nearest(cfg.variant, cfg.variants)}")
+    settings = cfg.variants[cfg.variant]
+    try:
+        return cast(DictConfig, OmegaConf.merge(cfg, {"variants": {}}, settings))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"variant={cfg.variant}: {settings} does not fit ({reason}).") from error
 
 
 def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer:
@@ -111,6 +141,21 @@ def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer
         ),
         ResumableInterrupt(folder / "last.ckpt"),
     ]
+    if t.keep_every_n_steps:
+        callbacks.append(
+            ModelCheckpoint(
+                folder,
+                filename="step_{step:06d}",
+                # No score is looked at. Lightning tells callbacks apart by such arguments, and
+                # with the default this one would be `last` again when both intervals are equal.
+                mode="max",
+                every_n_train_steps=t.keep_every_n_steps,
+                save_top_k=-1,
+                enable_version_counter=False,
+                auto_insert_metric_name=False,
+                save_on_train_epoch_end=False,
+            )
+        )
     if cfg.pictures:
         callbacks.append(PictureLogger(output_dir / "pictures", cfg.pictures))
     if t.progress:

@@ -236,3 +236,36 @@ def test_cut_off_checkpoint(tiny: list[str], tmp_path: Path) -> None:
     path.write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         train(compose("train", [*tiny, f"ckpt={path}"]), tmp_path / "run")
+
+
+def test_kept_checkpoints_are_those_of_their_steps(tiny: list[str], tmp_path: Path) -> None:
+    # As often as `last`: the two must not be taken for one.
+    more = ["trainer.keep_every_n_steps=2", "trainer.save_every_n_steps=2", "evaluate=false"]
+    more += ["trainer.max_steps=6", "trainer.val_every_n_steps=null"]
+    out = tmp_path / "run"
+    train(compose("train", [*tiny, *more]), out)
+    kept = [f"step_{step:06d}.ckpt" for step in (2, 4, 6)]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["last.ckpt", *kept]
+    steps = [torch.load(out / "checkpoints" / name, weights_only=True) for name in kept]
+    assert [content["global_step"] for content in steps] == [2, 4, 6]
+    assert_same(weights(out, kept[2]), weights(out))
+    assert float(weights(out, kept[0])["threshold.value"]) != float(
+        weights(out, kept[1])["threshold.value"]
+    )
+
+    # A run goes on from any of them, and keeps the rest again, under the same names.
+    first = out / "checkpoints" / kept[0]
+    again = tmp_path / "again"
+    train(compose("train", [*tiny, *more, f"ckpt={first}"]), again)
+    assert sorted(p.name for p in (again / "checkpoints").iterdir()) == ["last.ckpt", *kept[1:]]
+    for name in kept[1:]:
+        assert_same(weights(again, name), weights(out, name))
+    train(compose("train", [*tiny, *more, f"ckpt={first}"]), out)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["last.ckpt", *kept]
+
+
+def test_no_steps_are_kept_unless_asked_for(tiny: list[str], tmp_path: Path) -> None:
+    train(compose("train", [*tiny, "evaluate=false", "trainer.save_every_n_steps=1"]), tmp_path)
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert names <= {"last.ckpt", "best.ckpt"}
+    assert "last.ckpt" in names

@@ -158,3 +158,40 @@ def reliability_weight(values: Sequence[float], valid: Sequence[bool] | None = N
     reliability = [1 / p if ok else 0.0 for p, ok in zip(values, kept, strict=True)]
     mean = sum(reliability) / max(sum(kept), 1)
     return [r / mean if ok else 0.0 for r, ok in zip(reliability, kept, strict=True)]
+
+
+def softmax_threshold_label(
+    cam: Tensor, low: float, high: float, labels: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """The release's CPL: two passes of a softmax over [threshold, present], at half resolution."""
+    batch, classes, height, width = cam.shape
+    result = torch.full((batch, height, width), IGNORE, dtype=torch.int64)
+    for b in range(batch):
+        present = [c for c in range(classes) if labels[b, c] == 1]
+        halved = bilinear(cam[b].double(), max(1, height // 2), max(1, width // 2))
+        winners = []
+        for threshold in (low, high):
+            maps = torch.zeros(1 + len(present), *halved.shape[1:], dtype=torch.float64)
+            for y in range(halved.shape[1]):
+                for x in range(halved.shape[2]):
+                    values = [threshold, *(float(halved[c, y, x]) for c in present)]
+                    total = sum(math.exp(v) for v in values)
+                    for k, v in enumerate(values):
+                        maps[k, y, x] = math.exp(v) / total
+            full = bilinear(maps, height, width)
+            winners.append(full)
+        for y in range(height):
+            for x in range(width):
+                if valid is not None and not valid[b, y, x]:
+                    continue
+                best = []
+                for full in winners:
+                    column = [float(v) for v in full[:, y, x]]
+                    k = column.index(max(column))
+                    best.append(0 if k == 0 else present[k - 1] + 1)
+                possible, confident = best
+                if confident != 0:
+                    result[b, y, x] = confident
+                elif possible == 0:
+                    result[b, y, x] = 0
+    return result

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from tests.oracle import labels as oracle
-from wsss.pseudo import cam_pseudo_label, segmentation_pseudo_label, two_threshold_label
+from wsss.pseudo import (
+    cam_pseudo_label,
+    segmentation_pseudo_label,
+    softmax_threshold_label,
+    two_threshold_label,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SIZES = {"square": (2, 3, 4, 4), "non_square": (2, 3, 2, 7), "one_pixel": (1, 3, 1, 1),
@@ -129,3 +134,44 @@ def test_labels_only_make_the_cam_pseudo_label_faster() -> None:
     for threshold in (0.05, 0.5, 0.9):
         expected = cam_pseudo_label(cam, threshold, valid)
         assert torch.equal(cam_pseudo_label(cam, threshold, valid, labels), expected)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 9), (1, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize("labels", ["mixed", "none", "all"])
+def test_softmax_at_half_resolution(labels: str, size: tuple[int, int]) -> None:
+    present = {
+        "mixed": [[1, 0, 1], [0, 1, 0]],
+        "none": [[0, 0, 0], [0, 0, 0]],
+        "all": [[1, 1, 1], [1, 1, 1]],
+    }[labels]
+    tags = torch.tensor(present, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    cam = torch.rand(2, 3, *size, generator=generator, dtype=torch.float64) * tags[:, :, None, None]
+    for keep in (None, _valid(cam[:, 0].shape)):
+        found = softmax_threshold_label(cam, 0.3, 0.6, tags, keep)
+        assert torch.equal(found, oracle.softmax_threshold_label(cam, 0.3, 0.6, tags, keep))
+        tensors = softmax_threshold_label(cam, torch.tensor(0.3), torch.tensor(0.6), tags, keep)
+        assert torch.equal(found, tensors)
+
+
+def test_softmax_label_of_a_smooth_map_is_that_of_two_thresholds() -> None:
+    """What the softmax and the half resolution change is next to the contours."""
+    ramp = torch.linspace(0, 1, 40).expand(1, 1, 40, 40).contiguous()
+    tags = torch.ones(1, 1)
+    found = softmax_threshold_label(ramp, 0.25, 0.7, tags)
+    plain = two_threshold_label(ramp, 0.25, 0.7)
+    assert (found != plain).float().mean() < 0.06
+    assert set(found.unique().tolist()) == {0, 1, 255}
+
+
+@pytest.mark.parametrize("labels", [[[1, 0, 1], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]]], ids=str)
+def test_a_pair_of_thresholds(labels: list[list[int]]) -> None:
+    tags = torch.tensor(labels, dtype=torch.float32)
+    cam = _cam("square", seed=5) * tags[:, :, None, None]
+    pair = torch.tensor([0.3, 0.7])
+    expected = oracle.two_threshold(cam, 0.3, 0.7, None)
+    assert torch.equal(cam_pseudo_label(cam, pair), expected)
+    assert torch.equal(cam_pseudo_label(cam, pair, labels=tags), expected)
+    keep = _valid(cam[:, 0].shape)
+    expected = oracle.two_threshold(cam, 0.3, 0.7, keep)
+    assert torch.equal(cam_pseudo_label(cam, pair, keep, tags), expected)

@@ -48,7 +48,6 @@ class Method(L.LightningModule):
     monitor = "on/seg/miou_ms_flip"
     evaluates_segmentation = True
     evaluates_cam = True
-    needs_masks = False
 
     def __init__(
         self,
@@ -98,9 +97,20 @@ class Method(L.LightningModule):
         self.run_config: dict[str, Any] = {}
         #: names of the groups (patients) of the images last validated
         self.groups: list[str] = []
+        #: mIoU of each image last validated: network, image name, a value a protocol
+        self.image_scores: dict[str, dict[str, list[float]]] = {}
         self._last_terms: dict[str, Tensor] = {}
 
     # --- what a method defines -------------------------------------------------------------
+
+    @classmethod
+    def wants_masks(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether training batches need masks.
+
+        Args:
+            settings: the constructor's arguments, as far as the configuration names them.
+        """
+        return False
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Named loss terms of one micro-batch, before weighting."""
@@ -189,25 +199,44 @@ class Method(L.LightningModule):
             scores.reset(len(self.groups))  # type: ignore[operator]
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        for name, network in self.networks().items():
-            self.scores[name].update(network, batch)  # type: ignore[operator]
+        networks = self.networks()
+        for name, scores in self.scores.items():
+            scores.update(networks[name], batch)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
+        self.image_scores = {
+            name: scores.image_scores()  # type: ignore[operator]
+            for name, scores in self.scores.items()
+        }
         for name, value in self.compute_scores().items():
             self.log(name, value, prog_bar=name == self.monitor)
 
     def compute_scores(self) -> dict[str, Tensor]:
-        """mIoU of every network under every protocol, by full name (``an/seg/miou_ms_flip``).
+        """Every score of every network in [0, 1] by full name (``an/seg/miou_ms_flip``).
 
-        With groups (patients) also the mean Dice over them (``an/seg/group_dice_ms_flip``).
+        mIoU of each protocol; average precisions of the image labels (``an/cls/map``); where the
+        tables have them, the mean Dice over groups (``an/seg/group_dice_ms_flip``), boundary F, its
+        mean with mIoU (``an/seg/jf_ms_flip``), and C-mIoU.
         """
         scores = {}
         for network, value_by_protocol in self.compute_tables().items():
             for protocol, value in value_by_protocol.items():
-                scores[f"{network}/{protocol}"] = value["miou"].float()
-                if "mean_group_dice" in value:
-                    name = protocol.replace("miou", "group_dice")
-                    scores[f"{network}/{name}"] = value["mean_group_dice"].float()
+                full = f"{network}/{protocol}"
+                scores[full] = value["miou"].float()
+                more = {
+                    "group_dice": value.get("mean_group_dice"),
+                    "boundary_f": value.get("mean_boundary_f"),
+                    "cmiou": value.get("cmiou"),
+                }
+                if "mean_boundary_f" in value:
+                    more["jf"] = (value["miou"] + value["mean_boundary_f"]) / 2
+                for name, found in more.items():
+                    if found is not None:
+                        scores[full.replace("miou", name)] = found.float()
+            classification = self.scores[network].compute_classification()  # type: ignore[operator]
+            for name in ("map", "image_ap"):
+                if name in classification:
+                    scores[f"{network}/cls/{name}"] = classification[name].float()
         return scores
 
     def compute_tables(self) -> dict[str, dict[str, dict[str, Tensor]]]:

@@ -1,16 +1,19 @@
-"""CoSA: co-training with swapping assignments (ECCV 2024), the method of the paper, whole."""
+"""CoSA: co-training with swapping assignments (ECCV 2024), the method of the paper, whole.
+
+The published code's differences are arguments (``conf/method/cosa_release.yaml``), no second class.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from wsss.callbacks.ema import AssignmentEMA
 from wsss.data.batch import Batch
@@ -19,26 +22,32 @@ from wsss.losses import (
     cam2seg_loss,
     classification_loss,
     contrastive_separation_loss,
+    dense_energy_loss,
     seg2cam_loss,
 )
 from wsss.losses.cam2seg import upsample_log_softmax
 from wsss.methods.base import Method
 from wsss.nn import NetworkOutput, WSSSNetwork
 from wsss.pseudo import (
-    DynamicThreshold,
-    FixedThreshold,
     MultiScaleOutput,
     cam_pseudo_label,
+    make_threshold,
     multi_scale,
     perplexity,
     reliability_weight,
     segmentation_pseudo_label,
+    softmax_threshold_label,
 )
+from wsss.pseudo.labels import IGNORE_INDEX
+from wsss.pseudo.multi_scale import FUSE_MODES
 from wsss.resize import resize_after
 
 
 class Confidences(NamedTuple):
-    """Largest activation of each pixel (B, H, W) and the 0-dimensional threshold it is cut at."""
+    """Largest activation of each pixel (B, H, W) and the threshold it is cut at.
+
+    A threshold is 0-dimensional, or (2,): low and high.
+    """
 
     nu: Tensor
     xi: Tensor
@@ -54,21 +63,26 @@ class PseudoLabels(NamedTuple):
         weight: (B, H, W) its RAW weight; None when RAW is off.
         early_cpl: the same of the early CAM.
         early_weight: the same of the early CAM.
-        spl: (B, C + 1, h, w) probabilities, bilinear on the token grid, where Seg2CAM uses them.
+        spl: (B, C + 1, h, w) what guides the CAMs, bilinear on the token grid, where Seg2CAM uses
+            it; None without guidance.
         early_cam: (B, C, H, W) in [0, 1].
-        early_threshold: 0-dimensional.
+        early_threshold: 0-dimensional, or (2,).
     """
 
     cpl: Tensor
     weight: Tensor | None
     early_cpl: Tensor
     early_weight: Tensor | None
-    spl: Tensor
+    spl: Tensor | None
     early_cam: Tensor
     early_threshold: Tensor
 
 
 DETACH_MODES = ("none", "feature", "classifier", "both")
+GUIDANCE = ("spl", "none", "gt", "noise")
+#: sources of guidance that only show what others are worth: the truth, and none at all
+ORACLES = ("gt", "noise")
+INITIALISATIONS = ("copy", "independent")
 
 
 class CoSA(Method):
@@ -85,7 +99,8 @@ class CoSA(Method):
             in them, but for the last ``threshold_fill_steps``, which fill the threshold's queue.
         threshold_fill_steps: see above.
         threshold: estimator of the background threshold: ``otsu``, ``gmm``, ``gmm_full``,
-            ``min_error``, or a number for a fixed one.
+            ``min_error``, or a number for a fixed one. Two numbers, low and high, or ``gmm3``,
+            which estimates them, leave the pixels in between undecided (release).
         threshold_queue, threshold_min, threshold_max, threshold_momentum: of
             :class:`~wsss.pseudo.DynamicThreshold`.
         c2s_weight, s2c_weight, csc_weight: weights of the three groups of losses (eq. 11).
@@ -96,6 +111,17 @@ class CoSA(Method):
         s2c_relu: ReLU on the CAM before Seg2CAM's sigmoid.
         csc_max_perplexity, csc_temperature: epsilon and tau of eq. 9 and 10.
         detach: keep Seg2CAM's gradient out of ``feature``, ``classifier`` or ``both`` (Tab. 4a).
+        guidance: what the CAMs learn from: ``spl``; ``none`` leaves Seg2CAM out; ``gt`` (masks) and
+            ``noise`` (random masks of the classes present) are the oracles of Fig. 1.
+        oracle: allow those two; their scores are no weakly supervised ones.
+        fuse: of AN's scales, see :func:`~wsss.pseudo.multi_scale`: ``max``, or ``sum`` (release).
+        early_cam_scales: scales of AN's early CAM, some of ``cam_scales``; None takes all.
+        cpl_softmax: make the CPL by :func:`~wsss.pseudo.softmax_threshold_label` (release).
+        energy_weight: of the dense energy loss on ON's segmentation (release); 0 leaves it out.
+        energy_scale, energy_sigma_rgb, energy_sigma_xy, energy_factor: its ``scale``, widths and
+            ``weight``, see :func:`~wsss.losses.dense_energy_loss`.
+        assignment_init: AN's heads start as a ``copy`` of ON's, or ``independent`` (release).
+        freeze_position: do not train the position embedding (release).
         **kwargs: of :class:`~wsss.methods.base.Method`; ``cam_scales`` are AN's scales.
     """
 
@@ -107,7 +133,7 @@ class CoSA(Method):
         momentum: float = 0.9994,
         loss_warmup_steps: int = 6000,
         threshold_fill_steps: int = 50,
-        threshold: str | float = "otsu",
+        threshold: str | float | Sequence[float] = "otsu",
         threshold_queue: int = 100,
         threshold_min: float = 0.1,
         threshold_max: float = 0.9,
@@ -124,12 +150,39 @@ class CoSA(Method):
         csc_max_perplexity: float = 1.0,
         csc_temperature: float = 0.5,
         detach: str = "none",
+        guidance: str = "spl",
+        oracle: bool = False,
+        fuse: str = "max",
+        early_cam_scales: Sequence[float] | None = None,
+        cpl_softmax: bool = False,
+        energy_weight: float = 0.0,
+        energy_scale: float = 0.5,
+        energy_sigma_rgb: float = 15.0,
+        energy_sigma_xy: float = 100.0,
+        energy_factor: float = 1e-7,
+        assignment_init: str = "copy",
+        freeze_position: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if detach not in DETACH_MODES:
-            raise UserError(f"method.detach='{detach}': choose one of {', '.join(DETACH_MODES)}.")
+        for key, value, choices in (
+            ("detach", detach, DETACH_MODES),
+            ("guidance", guidance, GUIDANCE),
+            ("assignment_init", assignment_init, INITIALISATIONS),
+            ("fuse", fuse, FUSE_MODES),
+        ):
+            if value not in choices:
+                raise UserError(f"method.{key}='{value}': choose one of {', '.join(choices)}.")
+        if guidance in ORACLES and not oracle:
+            raise UserError(
+                f"method.guidance='{guidance}' is an oracle, not weak supervision: choose spl or "
+                "none, or say that you want it with method.oracle=true."
+            )
+        if freeze_position:
+            self.network.encoder.freeze_position()
         self.assignment = copy.deepcopy(self.network).requires_grad_(False).eval()
+        if assignment_init == "independent":
+            self.assignment.reset_heads()
         self.momentum = momentum
         self.loss_warmup_steps = loss_warmup_steps
         self.threshold_fill_steps = threshold_fill_steps
@@ -145,21 +198,32 @@ class CoSA(Method):
         self.csc_max_perplexity = csc_max_perplexity
         self.csc_temperature = csc_temperature
         self.detach = detach
+        self.guidance = guidance
+        self.fuse = fuse
+        self.early_cam_scales = early_cam_scales
+        self.cpl_softmax = cpl_softmax
+        self.energy_weight = energy_weight
+        self.energy_scale = energy_scale
+        self.energy_sigma_rgb = energy_sigma_rgb
+        self.energy_sigma_xy = energy_sigma_xy
+        self.energy_factor = energy_factor
 
-        def make_threshold() -> nn.Module:
-            if not isinstance(threshold, str):
-                return FixedThreshold(threshold)
-            return DynamicThreshold(
-                threshold,
-                threshold_queue,
-                threshold_min,
-                threshold_max,
-                threshold_momentum,
-                stride=4,
+        settings = (threshold, threshold_queue, threshold_min, threshold_max, threshold_momentum)
+        self.threshold = make_threshold(*settings, stride=4)
+        self.early_threshold = make_threshold(*settings, stride=4)
+        pair = self.threshold.value.dim() == 1
+        if pair and (raw or csc_weight):
+            raise UserError(
+                f"method.threshold={threshold} leaves pixels undecided; RAW and CSC measure the "
+                "distance to one threshold. Set method.raw=false and method.csc_weight=0, or "
+                "choose one threshold."
             )
+        if cpl_softmax and not pair:
+            raise UserError("method.cpl_softmax=true needs two thresholds, such as [0.25,0.7].")
 
-        self.threshold = make_threshold()
-        self.early_threshold = make_threshold()
+    @classmethod
+    def wants_masks(cls, settings: Mapping[str, Any]) -> bool:
+        return settings.get("guidance") == "gt"
 
     def networks(self) -> dict[str, WSSSNetwork]:
         return {"an": self.assignment, "on": self.network}
@@ -183,9 +247,15 @@ class CoSA(Method):
         return {
             "c2s": self.c2s_weight,
             "c2s_early": self.c2s_weight,
-            "s2c": self.s2c_weight,
+            self._s2c: self.s2c_weight,
             "csc": self.csc_weight,
+            "energy": self.energy_weight,
         }
+
+    @property
+    def _s2c(self) -> str:
+        """Name of the guidance term: an oracle's stands in every log."""
+        return f"s2c_{self.guidance}" if self.guidance in ORACLES else "s2c"
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         step = self.trainer.global_step
@@ -208,16 +278,31 @@ class CoSA(Method):
         cam = output.cam
         if self.detach != "none":
             cam = self.network.classifier.cam(output.features, self.detach)
-        return {
+        terms = {
             "cls": classification_loss(output.class_logits, batch.labels),
             "cls_early": classification_loss(output.early_class_logits, batch.labels),
             "c2s": cam2seg_loss(log_p, pseudo.cpl, pseudo.weight, self.balanced, True),
             "c2s_early": cam2seg_loss(
                 log_p, pseudo.early_cpl, pseudo.early_weight, self.balanced, True
             ),
-            "s2c": seg2cam_loss(cam, pseudo.spl, self.s2c_relu),
-            "csc": self._contrastive_separation(output.cam, pseudo, batch),
         }
+        if pseudo.spl is not None:
+            terms[self._s2c] = seg2cam_loss(cam, pseudo.spl, self.s2c_relu)
+        if self.csc_weight:
+            terms["csc"] = self._contrastive_separation(output.cam, pseudo, batch)
+        if self.energy_weight:
+            # The weak view has the colours of the image; the strong one may be solarised.
+            terms["energy"] = dense_energy_loss(
+                log_p.exp(),
+                batch.weak * 255,
+                pseudo.cpl,
+                batch.valid,
+                self.energy_factor,
+                self.energy_sigma_rgb,
+                self.energy_sigma_xy,
+                self.energy_scale,
+            )
+        return terms
 
     def _warmup_losses(self, batch: Batch) -> dict[str, Tensor]:
         output = self.network(batch.strong, decode=False)
@@ -235,7 +320,13 @@ class CoSA(Method):
     def assign(self, batch: Batch, decode: bool = True) -> MultiScaleOutput:
         """Activations of AN on the weak view, absent classes zero."""
         return multi_scale(
-            self.assignment, batch.weak, self.cam_scales, labels=batch.labels, decode=decode
+            self.assignment,
+            batch.weak,
+            self.cam_scales,
+            fuse=self.fuse,
+            labels=batch.labels,
+            decode=decode,
+            early_cam_scales=self.early_cam_scales,
         )
 
     @torch.no_grad()
@@ -243,10 +334,13 @@ class CoSA(Method):
         """Enqueue what AN says and follow it with both thresholds."""
         confidence = assigned.cam.amax(1)
         early_confidence = assigned.early_cam.amax(1)
-        threshold = self.threshold.update(confidence, valid)  # type: ignore[operator]
-        early = self.early_threshold.update(early_confidence, valid)  # type: ignore[operator]
-        self.log("threshold/cam", threshold, prog_bar=True, batch_size=1)
-        self.log("threshold/early_cam", early, batch_size=1)
+        threshold = self.threshold.update(confidence, valid)
+        early = self.early_threshold.update(early_confidence, valid)
+        for name, value in (("cam", threshold), ("early_cam", early)):
+            if value.dim():
+                self.log(f"threshold/{name}_low", value[0], batch_size=1)
+                value = value[1]
+            self.log(f"threshold/{name}", value, prog_bar=name == "cam", batch_size=1)
         return Confidences(confidence, threshold, early_confidence, early)
 
     @torch.no_grad()
@@ -265,19 +359,43 @@ class CoSA(Method):
                 perplexity(confidence, threshold, self.raw_alpha, self.raw_beta), valid
             )
 
-        def spl(seg_logits: Tensor) -> Tensor:
-            return segmentation_pseudo_label(seg_logits, batch.labels, self.spl_temperature)
-
-        grid = self.assignment.encoder.grid(valid.shape[-2], valid.shape[-1])
         return PseudoLabels(
-            cpl=cam_pseudo_label(assigned.cam, xi, valid, batch.labels),
+            cpl=self._cpl(assigned.cam, xi, batch),
             weight=weight(nu, xi),
-            early_cpl=cam_pseudo_label(assigned.early_cam, early_xi, valid, batch.labels),
+            early_cpl=self._cpl(assigned.early_cam, early_xi, batch),
             early_weight=weight(early_nu, early_xi),
-            spl=resize_after(spl, assigned.seg_logits, *grid),
+            spl=self._guide(assigned.seg_logits, batch),
             early_cam=assigned.early_cam,
             early_threshold=early_xi,
         )
+
+    def _cpl(self, cam: Tensor, xi: Tensor, batch: Batch) -> Tensor:
+        if self.cpl_softmax:
+            return softmax_threshold_label(cam, xi[0], xi[1], batch.labels, batch.valid)
+        return cam_pseudo_label(cam, xi, batch.valid, batch.labels)
+
+    def _guide(self, seg_logits: Tensor, batch: Batch) -> Tensor | None:
+        """Target (B, C + 1, h, w) of Seg2CAM on the token grid."""
+        grid = self.assignment.encoder.grid(batch.valid.shape[-2], batch.valid.shape[-1])
+        if self.guidance == "none":
+            return None
+        if self.guidance == "spl":
+
+            def spl(logits: Tensor) -> Tensor:
+                return segmentation_pseudo_label(logits, batch.labels, self.spl_temperature)
+
+            return resize_after(spl, seg_logits, *grid)
+        channels = batch.labels.shape[1] + 1
+        if self.guidance == "noise":
+            possible = F.pad(batch.labels, (1, 0), value=1.0)  # background is always
+            drawn = torch.multinomial(possible, grid[0] * grid[1], replacement=True)
+            return F.one_hot(drawn, channels).transpose(1, 2).unflatten(2, grid).float()
+        if batch.mask is None:
+            raise UserError("method.guidance='gt' needs masks: set data.load_masks=true.")
+        # Void and padding count as background, which no class's map is drawn towards.
+        mask = batch.mask.masked_fill(batch.mask == IGNORE_INDEX, 0)
+        truth = F.one_hot(mask, channels).permute(0, 3, 1, 2).float()
+        return F.interpolate(truth, size=grid, mode="bilinear", align_corners=False)
 
     def _contrastive_separation(self, cam: Tensor, pseudo: PseudoLabels, batch: Batch) -> Tensor:
         """Eq. 10 on the token grid, where the early CAM's labels and perplexity are taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,12 +24,15 @@ class Supervised(Method):
     """
 
     evaluates_cam = False
-    needs_masks = True
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.network.classifier.requires_grad_(False)
         self.network.early_classifier.requires_grad_(False)
+
+    @classmethod
+    def wants_masks(cls, settings: Mapping[str, Any]) -> bool:
+        return True
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         if batch.mask is None:

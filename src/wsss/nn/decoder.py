@@ -29,6 +29,10 @@ class LargeFOV(nn.Module):
         )
         self.conv2 = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False)
         self.classifier = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
         for layer in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         # Equal logits for all classes at the start: a softmax of them says nothing yet. Random

@@ -69,6 +69,11 @@ class ViTEncoder(nn.Module):
         if weights is not None:
             load_backbone_weights(self.vit, name, Path(weights))
 
+    def freeze_position(self) -> None:
+        """Leave the position embedding as it is; a ViT without an absolute one has none."""
+        if getattr(self.vit, "pos_embed", None) is not None:
+            self.vit.pos_embed.requires_grad_(False)
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the token grid of an image of that size."""
         return -(-height // self.patch_size[0]), -(-width // self.patch_size[1])
@@ -135,14 +140,20 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
     return vit
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` or ``torch.save`` file, without running any pickled code.
 
+    Args:
+        path: the file.
+        key: where a file holds several state dicts, the one to take; None takes the only one, or
+            ``state_dict`` or ``model``.
+
     Raises:
-        UserError: no such file, or a file that holds something else than plain tensors.
+        UserError: no such file, one that holds something else than plain tensors, or no or several
+            state dicts.
     """
     if not path.is_file():
-        raise UserError(f"No weights file at '{path}'. Check backbone.weights or the path given.")
+        raise UserError(f"No weights file at '{path}'. Check the path.")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -152,18 +163,36 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise UserError(f"'{path}' is not a readable safetensors file ({error}).") from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here: pickle, zip, runtime
         raise UserError(
-            f"'{path}' cannot be read as a file of plain tensors ({error}). Files that need "
-            "pickled code are refused; save the state dict alone and try again."
+            f"'{path}' cannot be read as a file of plain tensors ({str(error).splitlines()[0]}). "
+            "Files that need pickled code are refused, for such code may do anything. If you trust "
+            "its author, save the state dict alone with the program that wrote it, and try again."
         ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    found = _state_dicts(content)
+    if key is None:
+        usual = [name for name in ("", "state_dict", "model") if name in found]
+        key = usual[0] if usual else next(iter(found)) if len(found) == 1 else None
+    if key in found:
+        return found[key]
+    if not found:
         raise UserError(f"'{path}' does not hold a state dict (names to tensors).")
-    return cast(dict[str, Tensor], state)
+    wanted = "several state dicts" if key is None else f"no state dict '{key}'"
+    raise UserError(f"'{path}' holds {wanted}: choose one with key={', key='.join(found)}.")
+
+
+def _state_dicts(content: Any) -> dict[str, dict[str, Tensor]]:
+    """State dicts by their key in a file's content; that of the content itself is empty."""
+    if not isinstance(content, dict):
+        return {}
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return {"": content}
+    return {
+        str(key): value
+        for key, value in content.items()
+        if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values())
+    }
 
 
 def load_backbone_weights(vit: nn.Module, name: str, path: Path) -> None:

@@ -42,6 +42,10 @@ class Classifier(nn.Module):
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +123,13 @@ class WSSSNetwork(nn.Module):
         early_class_logits, early_cam = self.early_classifier(early)
         seg_logits = self.decoder(features) if decode else None
         return NetworkOutput(class_logits, early_class_logits, cam, early_cam, seg_logits, features)
+
+    def reset_heads(self) -> None:
+        """Draw new weights for classifiers and decoder; a given decoder that cannot stays."""
+        for head in (self.classifier, self.early_classifier, self.decoder):
+            reset = getattr(head, "reset_parameters", None)
+            if callable(reset):
+                reset()
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the classifiers and the decoder: those with the larger learning rate."""

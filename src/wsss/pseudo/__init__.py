@@ -1,13 +1,16 @@
 """From activations to pseudo-labels."""
 
+from wsss.pseudo.crf import CRF_PRESETS, CRFPreset, dense_crf
 from wsss.pseudo.labels import (
     IGNORE_INDEX,
     cam_pseudo_label,
     segmentation_pseudo_label,
+    softmax_threshold_label,
     two_threshold_label,
 )
 from wsss.pseudo.multi_scale import MultiScaleOutput, multi_scale, normalise_cam
 from wsss.pseudo.perplexity import perplexity, reliability_weight
+from wsss.pseudo.refine import PixelAdaptiveRefinement
 from wsss.pseudo.threshold import (
     DynamicThreshold,
     FixedThreshold,
@@ -15,14 +18,22 @@ from wsss.pseudo.threshold import (
     min_error_threshold,
     otsu_threshold,
 )
+from wsss.pseudo.two_thresholds import FixedThresholds, MixtureThresholds, make_threshold
 
 __all__ = [
+    "CRF_PRESETS",
     "IGNORE_INDEX",
+    "CRFPreset",
     "DynamicThreshold",
     "FixedThreshold",
+    "FixedThresholds",
+    "MixtureThresholds",
     "MultiScaleOutput",
+    "PixelAdaptiveRefinement",
     "cam_pseudo_label",
+    "dense_crf",
     "gmm_threshold",
+    "make_threshold",
     "min_error_threshold",
     "multi_scale",
     "normalise_cam",
@@ -30,5 +41,6 @@ __all__ = [
     "perplexity",
     "reliability_weight",
     "segmentation_pseudo_label",
+    "softmax_threshold_label",
     "two_threshold_label",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = 255
@@ -16,11 +17,12 @@ def cam_pseudo_label(
 ) -> Tensor:
     """CAM pseudo-label, CPL (CoSA, eq. 3).
 
-    The class with the largest activation where that reaches the threshold, else background.
+    The class with the largest activation where that reaches the threshold, else background. With
+    a low and a high threshold, 255 in between: see :func:`two_threshold_label`.
 
     Args:
         cam: (B, C, H, W) in [0, 1], already multiplied by the image labels.
-        threshold: xi, a number or a 0-dimensional tensor.
+        threshold: xi, a number or a 0-dimensional tensor; or (2,): low and high.
         valid: (B, H, W) bool; the label is 255 where it is False.
         labels: (B, C) 0/1. Changes nothing in the result: with them only the channels of present
             classes are compared, which is several times faster.
@@ -28,16 +30,20 @@ def cam_pseudo_label(
     Returns:
         (B, H, W) int64: 0 background, 1..C, 255.
     """
+    pair = isinstance(threshold, Tensor) and threshold.dim() == 1
+    low, high = threshold if pair else (threshold, threshold)  # type: ignore[misc]
     if labels is None:
-        return two_threshold_label(cam, threshold, threshold, valid)
+        return two_threshold_label(cam, low, high, valid)
     # Present classes first, both groups in class order; an image with fewer of them than another
     # also compares absent classes, which are 0 and never above the threshold.
     count = int(labels.bool().sum(1).max().clamp(min=1))
     channels = labels.bool().int().argsort(dim=1, descending=True, stable=True)[:, :count]
     few = cam.gather(1, channels[:, :, None, None].expand(-1, -1, *cam.shape[-2:]))
-    label = two_threshold_label(few, threshold, threshold)
+    label = two_threshold_label(few, low, high)
+    undecided = label == IGNORE_INDEX
     lookup = torch.cat([channels.new_zeros(len(channels), 1), channels + 1], dim=1)
-    label = lookup.gather(1, label.flatten(1)).view_as(label)
+    label = lookup.gather(1, label.masked_fill(undecided, 0).flatten(1)).view_as(label)
+    label = label.masked_fill(undecided, IGNORE_INDEX)
     return label if valid is None else torch.where(valid, label, IGNORE_INDEX)
 
 
@@ -61,6 +67,54 @@ def two_threshold_label(
     label = torch.where(confidence >= high, channel + 1, IGNORE_INDEX)
     label = torch.where(confidence < low, 0, label)
     return label if valid is None else torch.where(valid, label, IGNORE_INDEX)
+
+
+def softmax_threshold_label(
+    cam: Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
+    labels: Tensor,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """CAM pseudo-label as CoSA's published code makes it, at half resolution.
+
+    A pass is the softmax over [threshold, present classes] of the halved CAM, resized to the whole
+    and cut by its largest channel. The class is taken where the pass with the high threshold names
+    one, background where both passes say so; in between the label is 255.
+
+    Args:
+        cam: (B, C, H, W) in [0, 1].
+        low, high: thresholds.
+        labels: (B, C) 0/1 image labels.
+        valid: (B, H, W) bool; the label is 255 where it is False.
+
+    Returns:
+        (B, H, W) int64: 0 background, 1..C, 255.
+    """
+    size = (cam.shape[-2], cam.shape[-1])
+    halved = (max(1, size[0] // 2), max(1, size[1] // 2))
+    result = []
+    for maps, present in zip(cam, labels.bool(), strict=True):
+        channels = present.nonzero().flatten()
+        lookup = torch.cat([channels.new_zeros(1), channels + 1])
+        half = _resize(maps[channels].float(), halved) if len(channels) else maps[:0, :1, :1]
+
+        def one_pass(
+            threshold: float | Tensor, half: Tensor = half, lookup: Tensor = lookup
+        ) -> Tensor:
+            background = torch.as_tensor(threshold, dtype=half.dtype, device=half.device)
+            background = background.expand(1, *half.shape[-2:])
+            return lookup[_resize(torch.cat([background, half]).softmax(0), size).max(0).indices]
+
+        confident, possible = one_pass(high), one_pass(low)
+        label = confident.masked_fill((confident == 0) & (possible != 0), IGNORE_INDEX)
+        result.append(label)
+    label = torch.stack(result)
+    return label if valid is None else torch.where(valid, label, IGNORE_INDEX)
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def segmentation_pseudo_label(

@@ -20,14 +20,20 @@ class MultiScaleOutput(NamedTuple):
             were not asked for.
         early_cam: (B, C, H, W), the same of the early features.
         seg_logits: (B, C + 1, H, W); None when the decoder was not asked for.
+        class_logits: (B, C) of the images as given, not flipped; None without scale 1.
+        single_seg_logits: (B, C + 1, h, w), the same of the segmentation, on the token grid.
     """
 
     cam: Tensor
     early_cam: Tensor
     seg_logits: Tensor | None
+    class_logits: Tensor | None = None
+    single_seg_logits: Tensor | None = None
 
 
 class _Output(Protocol):
+    @property
+    def class_logits(self) -> Tensor: ...
     @property
     def cam(self) -> Tensor: ...
     @property
@@ -52,6 +58,7 @@ def multi_scale(
     labels: Tensor | None = None,
     cam_scales: Sequence[float] | None = None,
     decode: bool = True,
+    early_cam_scales: Sequence[float] | None = None,
 ) -> MultiScaleOutput:
     """Fuse the network's outputs over scales and horizontal flips (CoSA, Algorithm 1).
 
@@ -75,9 +82,11 @@ def multi_scale(
             :func:`~wsss.pseudo.segmentation_pseudo_label`. Background is always computed.
         cam_scales: those of the CAMs. A scale that both have is run once. Empty: no CAMs.
         decode: False leaves the decoder out; then only the scales of the CAMs are run.
+        early_cam_scales: those of ``cam_scales`` that count for the early CAM; None: all.
 
     Raises:
-        ValueError: no scales, a scale that is not positive, or unknown ``fuse``.
+        ValueError: no scales, a scale that is not positive, early scales that are not among those
+            of the CAMs, or unknown ``fuse``.
     """
     if fuse not in FUSE_MODES:
         raise ValueError(f"fuse='{fuse}': choose one of {', '.join(FUSE_MODES)}.")
@@ -87,19 +96,31 @@ def multi_scale(
             f"scales={list(scales)}, cam_scales={list(cam_scales)}: give at least one positive "
             "factor."
         )
+    early_scales = cam_scales if early_cam_scales is None else early_cam_scales
+    if cam_scales and (not early_scales or not set(early_scales) <= set(cam_scales)):
+        raise ValueError(
+            f"early_cam_scales={list(early_scales)}: give some of cam_scales={list(cam_scales)}."
+        )
 
     size = (images.shape[-2], images.shape[-1])
     batch = images.shape[0]
     present = None if labels is None else _Present(labels)
     cams: list[Tensor | None] = [None, None]
     segmentation: Tensor | None = None
+    class_logits: Tensor | None = None
+    single: Tensor | None = None
     for scale in dict.fromkeys([*scales, *cam_scales] if decode else cam_scales):
         segments = decode and scale in scales
         kwargs = {} if segments else {"decode": False}
         scaled = _resize(images, (round(size[0] * scale), round(size[1] * scale)))
         output = network(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled, **kwargs)
+        if scale == 1:
+            class_logits = output.class_logits[:batch]
+            single = None if output.seg_logits is None else output.seg_logits[:batch]
         if scale in cam_scales:
             for i, cam in enumerate((output.cam, output.early_cam)):
+                if i == 1 and scale not in early_scales:
+                    continue
                 fused = _upsampled_cam(cam, batch, size, present)
                 previous = cams[i]
                 if previous is None:
@@ -114,20 +135,24 @@ def multi_scale(
             if flip:
                 logits = (logits[:batch] + logits[batch:].flip(-1)) * (0.5 if fuse == "max" else 1)
             logits = logits if present is None else present.gather(logits, background=True)
-            logits = _resize(logits, size)
-            segmentation = logits if segmentation is None else segmentation + logits
+            resized = _resize(logits, size)
+            # In place: at this size every new tensor costs as much as a block of the network.
+            if segmentation is not None:
+                segmentation.add_(resized)
+            else:
+                segmentation = resized.clone() if resized is logits else resized
 
     if segmentation is not None and fuse == "max":
-        segmentation = segmentation / len(scales)
+        segmentation = segmentation.div_(len(scales))
     if segmentation is not None and present is not None:
         segmentation = present.scatter(segmentation, background=True)
     if not cam_scales:
         nothing = images.new_zeros((batch, 0, *size))
-        return MultiScaleOutput(nothing, nothing, segmentation)
+        return MultiScaleOutput(nothing, nothing, segmentation, class_logits, single)
     cam, early_cam = (normalise_cam(c) for c in cams if c is not None)
     if present is not None:
         cam, early_cam = present.scatter(cam), present.scatter(early_cam)
-    return MultiScaleOutput(cam, early_cam, segmentation)
+    return MultiScaleOutput(cam, early_cam, segmentation, class_logits, single)
 
 
 def _upsampled_cam(

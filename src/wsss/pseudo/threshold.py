@@ -175,7 +175,7 @@ def gmm_threshold(values: Tensor, covariance: str = "tied") -> Tensor:
     return torch.tensor(crossing, dtype=torch.float32, device=values.device)
 
 
-def _samples_of(histogram: Tensor) -> np.ndarray:
+def samples_of(histogram: Tensor) -> np.ndarray:
     """At most ``_GMM_SAMPLES`` bin centres at even steps of the cumulative histogram.
 
     scikit-learn's mixture takes no weights; even steps keep the share of a thin foreground.
@@ -186,7 +186,44 @@ def _samples_of(histogram: Tensor) -> np.ndarray:
     return (np.searchsorted(cumulative, picks, side="right") + 0.5) / NUM_BINS
 
 
-class DynamicThreshold(nn.Module):
+class HistogramQueue(nn.Module):
+    """A ring of the confidence histograms of the last batches, of all ranks together.
+
+    Args:
+        queue_length: batches in the queue.
+        stride: every ``stride``-th pixel of a (B, H, W) map enters, in both directions.
+    """
+
+    ring: Tensor
+    count: Tensor
+
+    def __init__(self, queue_length: int = 100, stride: int = 1) -> None:
+        super().__init__()
+        self.queue_length = queue_length
+        self.stride = stride
+        self.register_buffer("ring", torch.zeros(queue_length, NUM_BINS))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def enqueue(self, confidence: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Add one batch; the histogram (256,) of all batches in the queue.
+
+        Args:
+            confidence: nu in [0, 1], (B, H, W) or any shape.
+            valid: bool, same shape; False leaves a pixel out.
+        """
+        if self.stride > 1 and confidence.dim() >= 2:
+            offset = self.stride // 2 if min(confidence.shape[-2:]) > self.stride // 2 else 0
+            pick = (..., slice(offset, None, self.stride), slice(offset, None, self.stride))
+            confidence = confidence[pick]
+            valid = None if valid is None else valid[pick]
+        histogram = sum_over_ranks(confidence_histogram(confidence, valid))
+        # index_copy with the counter on the device: no read-back, the step is not held up.
+        self.ring.index_copy_(0, (self.count % self.queue_length)[None], histogram[None])
+        self.count += 1
+        return self.ring.sum(0)
+
+
+class DynamicThreshold(HistogramQueue):
     """Background threshold that follows the CAMs of the last batches (CoSA, eq. 6).
 
     A ring holds the confidence histograms of the last ``queue_length`` batches (all ranks
@@ -208,8 +245,6 @@ class DynamicThreshold(nn.Module):
         ValueError: unknown estimator, or bounds that are not 0 < minimum <= maximum < 1.
     """
 
-    ring: Tensor
-    count: Tensor
     value: Tensor
     fitted: Tensor
     raw: Tensor
@@ -227,21 +262,17 @@ class DynamicThreshold(nn.Module):
         initial: float = 0.5,
         stride: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(queue_length, stride)
         if not 0 < minimum <= maximum < 1:
             raise ValueError(
                 f"threshold minimum={minimum}, maximum={maximum}: need 0 < minimum <= maximum < 1."
             )
-        self.queue_length = queue_length
         self.minimum = minimum
         self.maximum = maximum
         self.momentum = momentum
-        self.stride = stride
         if estimator not in self.ESTIMATORS:
             raise ValueError(f"threshold estimator '{estimator}': choose one of {self.ESTIMATORS}.")
         self.estimator = estimator
-        self.register_buffer("ring", torch.zeros(queue_length, NUM_BINS))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("value", torch.tensor(float(initial)))
         self.register_buffer("fitted", torch.tensor(False))
         self.register_buffer("raw", torch.tensor(math.nan))
@@ -257,7 +288,7 @@ class DynamicThreshold(nn.Module):
         covariance = "tied" if self.estimator == "gmm" else "full"
         start = self.means.double().cpu().numpy()
         crossing, means = _fit_gaussian_mixture(
-            _samples_of(histogram), covariance, start if np.isfinite(start).all() else None
+            samples_of(histogram), covariance, start if np.isfinite(start).all() else None
         )
         if means is not None:
             self.means.copy_(torch.from_numpy(means))
@@ -268,19 +299,9 @@ class DynamicThreshold(nn.Module):
         """Enqueue one batch and return the threshold, 0-dimensional, on the device.
 
         Args:
-            confidence: nu in [0, 1], (B, H, W) or any shape.
-            valid: bool, same shape; False leaves a pixel out.
+            confidence, valid: see :meth:`HistogramQueue.enqueue`.
         """
-        if self.stride > 1 and confidence.dim() >= 2:
-            offset = self.stride // 2 if min(confidence.shape[-2:]) > self.stride // 2 else 0
-            pick = (..., slice(offset, None, self.stride), slice(offset, None, self.stride))
-            confidence = confidence[pick]
-            valid = None if valid is None else valid[pick]
-        histogram = sum_over_ranks(confidence_histogram(confidence, valid))
-        # index_copy with the counter on the device: no read-back, the step is not held up.
-        self.ring.index_copy_(0, (self.count % self.queue_length)[None], histogram[None])
-        self.count += 1
-        raw = self._fit(self.ring.sum(0))
+        raw = self._fit(self.enqueue(confidence, valid))
         bounded = raw.clamp(self.minimum, self.maximum)
         momentum = torch.where(self.fitted, self.momentum, 0.0)
         moved = momentum * self.value + (1 - momentum) * bounded

@@ -1,0 +1,69 @@
+"""What a run ran on, for whoever reads its numbers later."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wsss import __version__
+from wsss.files import write_atomically
+
+
+def describe(precision: str, world_size: int) -> dict[str, Any]:
+    """Versions, hardware and command of this process, with the time as ``started``.
+
+    Args:
+        precision: of the run, as Lightning names it.
+        world_size: number of ranks.
+    """
+    return {
+        "wsss": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "lightning", "timm", "numpy")},
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": [
+            torch.cuda.get_device_name(i)
+            for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        ],
+        "world_size": world_size,
+        "precision": precision,
+        "command": sys.argv,
+        "started": _now(),
+    }
+
+
+def write_environment(path: Path, about: dict[str, Any], finished: bool = False) -> None:
+    """Write :func:`describe` as JSON; when finished ``finished`` and ``seconds`` too."""
+    content = dict(about)
+    if finished:
+        content["finished"] = _now()
+        took = datetime.fromisoformat(content["finished"]) - datetime.fromisoformat(
+            about["started"]
+        )
+        content["seconds"] = took.total_seconds()
+    write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
