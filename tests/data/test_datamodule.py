@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -435,6 +436,15 @@ def test_broken_tree_fails_in_setup(tmp_path: Path) -> None:
     module = WSSSDataModule(VOC, str(tmp_path / "tree"), TwoViews(8))
     with pytest.raises(DatasetError, match=r"problem in split 'val'(.|\n)*d\.png: no such mask"):
         module.setup("fit")
+
+
+def test_a_setting_of_another_version() -> None:
+    def dataset(root: str, *, known: int = 0) -> Any:
+        raise AssertionError
+
+    data = make(dataset=partial(dataset, forgotten=1))
+    with pytest.raises(UserError, match=r"forgotten.*data=\.\.\."):
+        data.setup("validate")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -218,7 +218,7 @@ def test_impossible_settings(settings: dict[str, Any], match: str) -> None:
 
 @pytest.mark.parametrize(
     ("image", "mask"),
-    [((3, 4, 4), (1, 1, 4, 4)), ((1, 3, 4, 4), (1, 4, 4)), ((2, 3, 4, 4), (1, 1, 4, 4))],
+    [((3, 4, 4), (3, 1, 4, 4)), ((1, 3, 4, 4), (1, 4, 4)), ((2, 3, 4, 4), (1, 1, 4, 4))],
 )
 def test_shapes_that_do_not_fit(image: tuple[int, ...], mask: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected \\(B, 3, H, W\\)"):

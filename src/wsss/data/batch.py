@@ -61,6 +61,8 @@ class EvalBatch:
         names: image names.
         groups: (B,) int64, index of what each image belongs to (a patient) in the data module's
             ``groups``; None for data without groups.
+        originals: B tensors (H_i, W_i, 3) uint8 RGB, the images at their own size; None unless
+            the data module is asked for them (for a CRF).
     """
 
     images: Tensor
@@ -68,6 +70,7 @@ class EvalBatch:
     masks: list[Tensor]
     names: Sequence[str]
     groups: Tensor | None = None
+    originals: list[Tensor] | None = None
 
     def pin_memory(self) -> EvalBatch:
         """Page-locked copy; called by ``DataLoader(pin_memory=True)``."""
@@ -77,6 +80,7 @@ class EvalBatch:
             [mask.pin_memory() for mask in self.masks],
             self.names,
             self.groups,
+            self.originals,
         )
 
 

@@ -74,6 +74,7 @@ class _EvalSample(NamedTuple):
     mask: NDArray[np.uint8]
     name: str
     group: int  # -1: none
+    original: NDArray[np.uint8] | None
 
 
 class _TrainSamples(Dataset[_TrainSample]):
@@ -96,9 +97,10 @@ class _TrainSamples(Dataset[_TrainSample]):
 class _EvalSamples(Dataset[_EvalSample]):
     """Images at the evaluation size with masks at their own, by image index."""
 
-    def __init__(self, images: ImageSet, size: int, groups: Sequence[str]) -> None:
+    def __init__(self, images: ImageSet, size: int, groups: Sequence[str], originals: bool) -> None:
         self.images = images
         self.size = size
+        self.originals = originals
         self.groups = {group: i for i, group in enumerate(groups)}
 
     def __getitem__(self, index: int) -> _EvalSample:
@@ -109,7 +111,8 @@ class _EvalSamples(Dataset[_EvalSample]):
         has_mask = images.has_masks
         mask = images.load_mask(index) if has_mask else np.full(native.shape[:2], VOID, np.uint8)
         group = self.groups.get(images.groups[index], -1)
-        return _EvalSample(image, images.labels[index], mask, images.names[index], group)
+        original = native if self.originals else None
+        return _EvalSample(image, images.labels[index], mask, images.names[index], group, original)
 
 
 def _to_chw(images: Sequence[NDArray[np.uint8]]) -> Tensor:
@@ -133,12 +136,14 @@ def collate_train(samples: Sequence[_TrainSample]) -> Batch:
 def collate_eval(samples: Sequence[_EvalSample]) -> EvalBatch:
     """Stack samples into an :class:`EvalBatch` (uint8 images, masks of different sizes)."""
     groups = [sample.group for sample in samples]
+    originals = [torch.from_numpy(s.original) for s in samples if s.original is not None]
     return EvalBatch(
         images=_to_chw([sample.image for sample in samples]),
         labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
         masks=[torch.from_numpy(sample.mask.astype(np.int64)) for sample in samples],
         names=[sample.name for sample in samples],
         groups=torch.tensor(groups) if max(groups) >= 0 else None,
+        originals=originals or None,
     )
 
 
@@ -166,6 +171,7 @@ class WSSSDataModule(lightning.LightningDataModule):
         eval_batch_size: evaluation images of one forward pass on one rank.
         load_masks: put masks into training batches (``method=supervised``). Evaluation always
             has them.
+        load_originals: put the images at their own size into evaluation batches (for a CRF).
         max_val_images: evaluate on that many images, evenly spaced over the list; None for all.
         on_error: ``raise`` stops at images that cannot be used and names them all; ``skip``
             leaves them out, counted and named in a warning.
@@ -189,6 +195,7 @@ class WSSSDataModule(lightning.LightningDataModule):
         eval_size: int = 448,
         eval_batch_size: int = 1,
         load_masks: bool = False,
+        load_originals: bool = False,
         max_val_images: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         min_side: int = 16,
@@ -216,6 +223,7 @@ class WSSSDataModule(lightning.LightningDataModule):
         self.eval_size = eval_size
         self.eval_batch_size = eval_batch_size
         self.load_masks = load_masks
+        self.load_originals = load_originals
         self.max_val_images = max_val_images
         self.on_error = on_error
         self.min_side = min_side
@@ -242,7 +250,13 @@ class WSSSDataModule(lightning.LightningDataModule):
             )
 
     def _open(self, split: str, purpose: Purpose) -> ImageSet:
-        source = self.dataset(root=self.root)
+        try:
+            source = self.dataset(root=self.root)
+        except TypeError as error:  # a setting that this class does not have
+            raise UserError(
+                f"data.dataset does not fit this version of wsss ({error}). Of an older "
+                "checkpoint, say the data anew: data=... data.root=..."
+            ) from error
         return source.open(split, purpose, self.on_error, self.min_side)
 
     @property
@@ -328,7 +342,7 @@ class WSSSDataModule(lightning.LightningDataModule):
             self._check_sampler_is_kept()
             indices = indices[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(
-            _EvalSamples(self.val_images, self.eval_size, self.groups),
+            _EvalSamples(self.val_images, self.eval_size, self.groups, self.load_originals),
             sampler=indices,
             batch_size=self.eval_batch_size,
             collate_fn=collate_eval,
