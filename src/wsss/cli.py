@@ -59,6 +59,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    # Scores are reduced over ranks before they are logged.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 
 def fail(message: str) -> None:
@@ -118,17 +120,24 @@ def _with_hint(config_name: str, overrides: list[str], error: Exception) -> str:
             wrong = [v for v in value.split(",") if v not in groups[key] and v != "null"]
             if wrong:
                 return (
-                    f"{key}={wrong[0]}: no such choice. {_nearest(wrong[0], groups[key])}"
+                    f"{key}={wrong[0]}: no such choice. {_near(wrong[0], groups[key])}"
                     f"Available: {', '.join(groups[key])}."
                 )
         elif raw.startswith(("+", "~", "hydra.")):
             continue
         elif key not in keys:
-            return f"{key}: no such key. {_nearest(key, [*keys, *groups])}".strip()
+            return f"{key}: no such key. {_near(key, [*keys, *groups])}".strip()
     return message
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``Did you mean '...'?`` for a mistyped word, else all that is known."""
+    known = list(known)
+    found = _near(word, known)
+    return found.strip() or f"Known: {', '.join(known)}."
+
+
+def _near(word: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if not near:  # a right last part in the wrong section: `momentum` for `method.momentum`

@@ -1,86 +1,240 @@
 """Score a checkpoint: ``python -m wsss.evaluate checkpoint=.../best.ckpt``.
 
-Every network of the method under every protocol in one pass over the validation images; writes
-``scores.json`` and pictures.
+Every network of the method under every protocol in one pass over the images. Writes
+``scores.json``, ``scores.csv``, ``scores.md``, ``images.csv`` and pictures. Of a split without
+masks, such as VOC's test split, it writes the zip for the evaluation server instead; with
+``masks=folder`` it scores mask files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from wsss.build import build_data
 from wsss.callbacks.pictures import PictureLogger
 from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
-from wsss.cli import hydra_command, quiet_libraries
+from wsss.cli import hydra_command, nearest, quiet_libraries
+from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import UserError
 from wsss.files import check_writable
-from wsss.methods.base import check_classes
+from wsss.inference import Inference
+from wsss.loggers import make_wandb_logger
+from wsss.mask_folder import score_masks
+from wsss.methods.base import Method, check_classes
+from wsss.metrics.protocols import (
+    CAM_PROTOCOLS,
+    CRF_PROTOCOLS,
+    SEGMENTATION_PROTOCOLS,
+    ProtocolScores,
+)
 from wsss.progress import TrainProgress
-from wsss.report.tables import print_scores, write_scores
+from wsss.pseudo import CRF_PRESETS, dense_crf
+from wsss.report.tables import (
+    class_rows,
+    collect,
+    print_scores,
+    write_class_tables,
+    write_image_scores,
+    write_scores,
+)
+from wsss.submission import write_submission
+
+PROTOCOLS = (*SEGMENTATION_PROTOCOLS, *CRF_PROTOCOLS, *CAM_PROTOCOLS)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Score ``cfg.checkpoint``.
+    """Score ``cfg.checkpoint``, or the masks in ``cfg.masks``.
 
     Args:
         cfg: ``conf/evaluate.yaml`` composed.
 
     Returns:
-        mIoU in [0, 1] by full name, for example ``an/seg/miou_ms_flip``.
+        Scores in [0, 1] by full name, for example ``an/seg/miou_ms_flip``; empty where a zip was
+        written.
 
     Raises:
-        UserError: no such checkpoint, one of other classes than the data, or bad data.
+        UserError: no such checkpoint, one of other classes than the data, an unknown preset,
+            protocol, network or class, or bad data.
     """
     quiet_libraries()
+    check_choices(cfg)
+    if cfg.masks is not None:
+        return evaluate_masks(cfg)
     if OmegaConf.is_missing(cfg, "checkpoint"):
         raise UserError(
-            "checkpoint is not set: give a run's file, for example "
+            "checkpoint is not set: give a run's folder or file, for example "
             "checkpoint=outputs/.../checkpoints/best.ckpt."
         )
     path = find_checkpoint(cfg.checkpoint)
-    output_dir = Path(cfg.output_dir or path.parent.parent / "evaluation")
+    run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    output_dir = Path(cfg.output_dir or run_folder / "evaluation").expanduser()
     check_writable(output_dir)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 
+    # Wrong names are told before the data set is looked at, which may take minutes.
     checkpoint = read_checkpoint(path)
     run = merge(saved_config(checkpoint, path), cfg)
+    method = restore_method(checkpoint, run, path)
+    choose_networks(method, as_names(cfg.networks))
+    coexistence = class_numbers(as_names(cfg.coexistence), method.classes)
+    for scores in method.scores.values():
+        set_up(cast(ProtocolScores, scores), cfg, coexistence)
+    data = open_data(run, originals=cfg.crf is not None)
+    check_classes(checkpoint, data.classes, str(path))
+    if not data.has_masks:
+        submit(method, data, output_dir, cfg, run.trainer.precision)
+        return {}
+
+    wandb = make_wandb_logger(cfg, output_dir)
+    trainer = make_trainer(cfg, run.trainer.precision, output_dir, wandb)
+    trainer.validate(method, datamodule=data, verbose=False)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if trainer.is_global_zero:
+        print_scores(method)  # first: what is on the terminal survives a full disk
+        step = checkpoint.get("global_step", 0)
+        content = collect(method, step)
+        try:
+            write_scores(output_dir / "scores.json", method, step)
+            write_image_scores(output_dir / "images.csv", method)
+            write_class_tables(output_dir, content)
+        except OSError as error:
+            raise UserError(
+                f"output_dir='{output_dir}' cannot be written ({error.strerror}). The files that "
+                "are there are whole; choose another folder with output_dir=..."
+            ) from error
+        if wandb is not None:
+            log_tables(wandb, found, content)
+        print(f"Written to {output_dir}")
+    return found
+
+
+def evaluate_masks(cfg: DictConfig) -> dict[str, float]:
+    """Score the masks in ``cfg.masks``; see :func:`wsss.mask_folder.score_masks`.
+
+    Raises:
+        UserError: no such folder, no data set, a checkpoint too, or what ``score_masks`` raises.
+    """
+    folder = Path(cfg.masks).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"masks='{folder}': no such folder.")
+    if not OmegaConf.is_missing(cfg, "checkpoint"):
+        raise UserError("masks and checkpoint are both set: score one after the other.")
+    if "_target_" not in cfg.data:
+        raise UserError(
+            "masks=... needs the data set that the masks belong to: data=voc data.root=..."
+        )
+    if cfg.split is not None:
+        cfg.data.val_split = cfg.split
+    beside = folder.absolute().with_name(f"{folder.absolute().name}_scores")
+    output_dir = Path(cfg.output_dir or beside).expanduser()
+    check_writable(output_dir)
+    return score_masks(folder, open_data(cfg, originals=False), output_dir, cfg.boundary)
+
+
+def as_names(value: Any) -> tuple[str, ...]:
+    """A list of the configuration; null is empty, and a name alone a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def check_choices(cfg: DictConfig) -> None:
+    """Refuse settings that cannot be before anything is read.
+
+    Raises:
+        UserError: an unknown CRF preset or protocol, with the nearest right one; a CRF without its
+            package; scales that are none.
+    """
+    if cfg.crf is not None and cfg.crf not in CRF_PRESETS:
+        raise UserError(f"crf={cfg.crf}: no such preset. {nearest(str(cfg.crf), CRF_PRESETS)}")
+    if cfg.crf is not None:  # is the extra installed?
+        dense_crf(torch.zeros(1, 1, 3, dtype=torch.uint8), torch.ones(1, 1, 1), cfg.crf)
+    for name in as_names(cfg.protocols):
+        if name not in PROTOCOLS:
+            raise UserError(f"protocols: no '{name}'. {nearest(name, PROTOCOLS)}")
+        if name in CRF_PROTOCOLS and cfg.crf is None:
+            raise UserError(f"protocols: '{name}' needs a preset, for example crf=cosa.")
+    for key in ("eval_scales", "cam_scales"):
+        scales = cfg[key]
+        if scales is None:
+            continue
+        listed = list(scales) if OmegaConf.is_list(scales) else []
+        positive = all(isinstance(s, int | float) and s > 0 for s in listed)
+        if not listed or not positive or len(set(listed)) < len(listed):
+            raise UserError(
+                f"{key}={scales}: give positive factors, each once, for example [1.0,0.5,1.5]."
+            )
+
+
+def class_numbers(names: Iterable[str], classes: Sequence[str]) -> tuple[int, ...]:
+    """Mask values of class names.
+
+    Raises:
+        UserError: a name that is no class; names the nearest right one.
+    """
+    for name in names:
+        if name not in classes:
+            raise UserError(f"coexistence: no class '{name}'. {nearest(name, classes)}")
+    return tuple(dict.fromkeys(classes.index(name) + 1 for name in names))
+
+
+def choose_networks(method: Method, names: Sequence[str]) -> None:
+    """Leave out the networks that ``names`` does not name; an empty list keeps all.
+
+    Raises:
+        UserError: the method has no such network.
+    """
+    known = list(method.networks())
+    for name in names:
+        if name not in known:
+            raise UserError(f"networks: no '{name}'. {nearest(name, known)}")
+    for name in set(known) - set(names or known):
+        del method.scores[name]
+
+
+def set_up(scores: ProtocolScores, cfg: DictConfig, coexistence: tuple[int, ...]) -> None:
+    """What the command asks of one network's scores.
+
+    Raises:
+        UserError: the method lacks one of the protocols.
+    """
+    scores.crf = cfg.crf
+    scores.boundary = cfg.boundary
+    scores.coexistence = coexistence
+    scores.chosen = None
+    scores.reset()
+    known, wanted = scores.protocols, as_names(cfg.protocols)
+    for name in wanted:
+        if name not in known:
+            raise UserError(
+                f"protocols: this checkpoint's method does not train what '{name}' scores. It has: "
+                f"{', '.join(known)}."
+            )
+    scores.chosen = wanted or None
+    scores.reset()
+
+
+def open_data(run: DictConfig, originals: bool) -> WSSSDataModule:
+    """The data module with its evaluation split opened.
+
+    Raises:
+        UserError: the data set cannot be read.
+    """
+    if "_target_" in run.data:  # else build_data says what is wrong
+        run.data.load_originals = originals
     data = build_data(run)
     try:
         data.setup("validate")
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    check_classes(checkpoint, data.classes, str(path))
-    if not data.has_masks:
-        raise UserError(
-            f"split '{data.val_split}' of {data.root} has no masks: there is nothing to score. "
-            "Choose another with data.val_split=..."
-        )
-    method = restore_method(checkpoint, run, path)
-
-    trainer = L.Trainer(
-        accelerator=cfg.accelerator,
-        devices=cfg.devices,
-        precision=run.trainer.precision,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[
-            TrainProgress(),
-            *([PictureLogger(output_dir / "pictures", cfg.pictures)] if cfg.pictures else []),
-        ],
-    )
-    trainer.validate(method, datamodule=data, verbose=False)
-    if trainer.is_global_zero:
-        write_scores(output_dir / "scores.json", method, step=checkpoint["global_step"])
-        print_scores(method)
-        print(f"Written to {output_dir}")
-    return {k: float(v) for k, v in trainer.callback_metrics.items()}
+    return data
 
 
 def merge(saved: DictConfig, cfg: DictConfig) -> DictConfig:
@@ -93,12 +247,76 @@ def merge(saved: DictConfig, cfg: DictConfig) -> DictConfig:
         for key, value in cfg.data.items():
             if value is not None:
                 run.data[key] = value
+    if cfg.split is not None:
+        run.data.val_split = cfg.split
     for key in ("eval_scales", "cam_scales", "cpl_threshold"):
         if cfg[key] is not None:
             run.method[key] = cfg[key]
     if cfg.precision is not None:
         run.trainer.precision = cfg.precision
     return run
+
+
+def make_trainer(
+    cfg: DictConfig, precision: str, output_dir: Path, wandb: WandbLogger | None
+) -> L.Trainer:
+    """The Lightning trainer that runs the validation.
+
+    Raises:
+        UserError: a device or precision that is not there.
+    """
+    callbacks: list[L.Callback] = [TrainProgress()]
+    if cfg.pictures:
+        callbacks.append(PictureLogger(output_dir / "pictures", cfg.pictures))
+    try:
+        return L.Trainer(
+            accelerator=cfg.accelerator,
+            devices=cfg.devices,
+            precision=precision,  # type: ignore[arg-type]
+            use_distributed_sampler=False,
+            logger=wandb or False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+        )
+    except (ValueError, MisconfigurationException) as error:
+        raise UserError(
+            f"accelerator={cfg.accelerator}, devices={cfg.devices}, precision={precision}: "
+            f"{str(error).strip()}"
+        ) from error
+
+
+def submit(
+    method: Method, data: WSSSDataModule, output_dir: Path, cfg: DictConfig, precision: str
+) -> None:
+    """Write the evaluation server's zip of a split without masks.
+
+    Raises:
+        UserError: the data set is not VOC, two networks were asked for, or the method has no
+            segmentation.
+    """
+    if not method.run_config["data"]["dataset"]["_target_"].endswith(".VOC"):
+        raise UserError(
+            f"split '{data.val_split}' of {data.root} has no masks: there is nothing to score. "
+            "Choose another with split=..., or write masks of images with wsss predict."
+        )
+    if len(as_names(cfg.networks)) > 1:
+        raise UserError("networks: the zip holds the masks of one network, for example [an].")
+    device = "cpu" if cfg.accelerator == "cpu" else "auto"
+    inference = Inference(method, next(iter(method.scores)), device, precision)
+    # The split may be the path of a list.
+    target = output_dir / f"voc2012_{Path(data.val_split).stem}.zip"
+    write_submission(inference, data, target, cfg.crf)
+
+
+def log_tables(logger: WandbLogger, scores: dict[str, float], content: dict[str, Any]) -> None:
+    """The scores as the W&B run's summary, and a table of what classes make of them, in percent.
+
+    The summary is in [0, 1], as a training run logs scores of the same names.
+    """
+    logger.experiment.summary.update(scores)
+    columns, *rows = class_rows(content)
+    logger.log_table("classes", columns=columns, data=rows)
 
 
 def main() -> None:

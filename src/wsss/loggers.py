@@ -16,17 +16,25 @@ def make_loggers(cfg: DictConfig, output_dir: Path) -> list[Logger]:
     loggers: list[Logger] = [
         CSVLogger(output_dir, name="", version="", flush_logs_every_n_steps=50)
     ]
-    if cfg.logger.wandb is not None:
-        options = cast(dict[str, Any], OmegaConf.to_container(cfg.logger.wandb, resolve=True))
-        offline = wandb_is_offline()
-        if offline:
-            os.environ["WANDB_MODE"] = "offline"
-        logger = WandbLogger(
-            name=f"{cfg.name}-seed{cfg.seed}", save_dir=output_dir, offline=offline, **options
-        )
-        logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
-        loggers.append(logger)
-    return loggers
+    wandb = make_wandb_logger(cfg, output_dir)
+    return [*loggers, wandb] if wandb is not None else loggers
+
+
+def make_wandb_logger(cfg: DictConfig, output_dir: Path) -> WandbLogger | None:
+    """W&B when ``cfg.logger.wandb`` is set; offline without a key."""
+    if cfg.logger.wandb is None:
+        return None
+    options = cast(dict[str, Any], OmegaConf.to_container(cfg.logger.wandb, resolve=True))
+    offline = wandb_is_offline()
+    if offline:
+        os.environ["WANDB_MODE"] = "offline"
+    logger = WandbLogger(
+        name=f"{cfg.name}-seed{cfg.seed}", save_dir=output_dir, offline=offline, **options
+    )
+    # What is not set yet (checkpoint=???) stays out.
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    logger.log_hyperparams(cast(dict[str, Any], plain))
+    return logger
 
 
 def _keep_earlier(path: Path) -> None:

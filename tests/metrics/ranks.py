@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +50,8 @@ def _rank(rank: int, size: int, metrics: list[Metric], ranks: list[Updates], fol
         # Ranks that wait for each other should fail the test, not hang it.
         timeout=timedelta(seconds=60),
     )
+    # Tensors come in shared memory: without a copy all ranks would count into one state.
+    metrics = copy.deepcopy(metrics)
     for metric in metrics:
         for update in ranks[rank]:
             metric.update(*update)

@@ -272,6 +272,9 @@ def test_void_is_background_of_the_target_alone() -> None:
         found = boundary_f(prediction, ringed, 2)
         for name, value in boundary_f(prediction, target, 2).items():
             assert torch.equal(found[name], value)
+        scores = BoundaryScores(2)
+        scores.update(prediction, ringed)
+        assert scores.compute()["f"] == found["f"]
     assert boundary_f(_square((60, 60), 19, 20, 20), ringed, 2)["f"].item() == 1
     assert boundary_f(_square((60, 60), 17, 17, 26), ringed, 2)["f"].item() < 0.1
 
@@ -415,6 +418,13 @@ def test_unknown_values_are_refused(value: int) -> None:
         boundary_f(mask, wrong, 3)
     with pytest.raises(ValueError, match=r"prediction holds .* 0\.\.2"):
         boundary_f(wrong, mask, 3)
+
+
+def test_no_value_becomes_void_by_its_type() -> None:
+    """255 is -1 in int8."""
+    mask = torch.zeros(4, 4, dtype=torch.int8)
+    with pytest.raises(ValueError, match="target holds values from -1"):
+        boundary_f(mask, mask - 1, 3)
 
 
 def test_void_in_a_prediction_is_refused() -> None:

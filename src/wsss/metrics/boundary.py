@@ -105,7 +105,7 @@ class BoundaryScores(Metric):
             return
         if prediction.dim() == 2:
             prediction, target = prediction[None], target[None]
-        target, prediction = target.long(), prediction.long()
+        target = target.long()
         void = target == self.ignore_index
         target = target.masked_fill(void, 0)
         for name, values in (("target", target), ("prediction", prediction)):
@@ -115,14 +115,13 @@ class BoundaryScores(Metric):
 
     def _count(self, prediction: Tensor, target: Tensor, void: Tensor | None) -> None:
         """Add one image (H, W). ``void`` None: there is none, or it is background."""
+        pair = torch.stack([prediction, target])
         # Most classes are in neither map and have nothing to count.
-        labels = torch.cat([prediction.flatten(), target.flatten()])
-        present = torch.bincount(labels, minlength=self.num_classes)[1:].nonzero().flatten()
+        present = torch.bincount(pair.flatten(), minlength=self.num_classes)[1:].nonzero()
         radius = math.ceil(self.bound * math.hypot(*target.shape))
         judged = None if void is None else ~_dilate(void, radius)
-        pair = torch.stack([prediction, target])
         # One class at a time: its maps stay in the cache, those of many classes do not.
-        for i in present.tolist():
+        for i in present.flatten().tolist():
             boundaries = _boundaries(pair == i + 1, void)
             matched = boundaries & _dilate(boundaries, radius).flip(0)
             if judged is not None:

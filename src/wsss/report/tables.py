@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -38,10 +40,13 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
         step: optimizer steps of the weights; None takes the trainer's.
 
     Returns:
-        ``name``, ``method``, ``seed`` and ``step`` of the run; ``classes``, background first;
-        ``scores``, mIoU in percent by full name; ``per_class``, IoU in percent by full name and
-        class; ``means`` over classes: precision and recall in percent, ``confusion_ratio`` FP / TP
-        as it is. Data with groups (patients) also has ``dice``, in percent by full name, group
+        ``name``, ``method``, ``seed`` and ``step`` of the run; ``settings``, what decides scores
+        besides their names; ``classes``, background first; ``scores`` in percent by full name;
+        ``per_class``, IoU in percent by full name and class; ``means`` over classes: precision and
+        recall in percent, ``confusion_ratio`` FP / TP as it is; ``confusion``, pixels of the
+        headline protocol of each network, truth in rows; ``average_precision`` of the image labels,
+        in percent by network and class; where it was taken, ``boundary_f`` in percent by full name
+        and class. Data with groups (patients) also has ``dice``, in percent by full name, group
         ("all images" first) and foreground class, and its mean over groups and classes in
         ``means``. A value that does not exist (class without a pixel) is None.
     """
@@ -50,10 +55,33 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
     per_class: dict[str, dict[str, float | None]] = {}
     means: dict[str, dict[str, float | None]] = {}
     dice: dict[str, dict[str, dict[str, float | None]]] = {}
+    confusion: dict[str, list[list[int]]] = {}
+    boundary: dict[str, dict[str, float | None]] = {}
+    precision: dict[str, dict[str, float | None]] = {}
+
+    def by_class(values: Tensor) -> dict[str, float | None]:
+        return {c: _percent(v) for c, v in zip(method.classes, values, strict=True)}
+
+    data = method.run_config.get("data", {})
+    settings = {
+        "split": data.get("val_split"),
+        "images": max(map(len, method.image_scores.values()), default=0),
+        "image_size": data.get("eval_size"),
+    }
+    for protocol_scores in method.scores.values():  # the same of every network
+        for name in ("scales", "cam_scales", "cpl_threshold", "crf"):
+            settings[name] = getattr(protocol_scores, name)
+    scores |= {name: _percent(value) for name, value in method.compute_scores().items()}
     for network, by_protocol in method.compute_tables().items():
+        headline = next(name for name in (*PROTOCOL_ORDER, *by_protocol) if name in by_protocol)
+        confusion[f"{network}/{headline}"] = by_protocol[headline]["confusion"].tolist()
+        found = method.scores[network].compute_classification()  # type: ignore[operator]
+        if found:
+            precision[network] = by_class(found["ap"])
         for protocol, value in by_protocol.items():
             full = f"{network}/{protocol}"
-            scores[full] = _percent(value["miou"])
+            if "boundary_f" in value:
+                boundary[full] = by_class(value["boundary_f"])
             per_class[full] = {
                 name: _percent(iou) for name, iou in zip(classes, value["iou"], strict=True)
             }
@@ -78,10 +106,14 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
         "method": type(method).__name__.lower(),
         "seed": method.run_config.get("seed"),
         "step": method.global_step if step is None else step,
+        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()},
         "classes": classes,
         "scores": scores,
         "means": means,
         "per_class": per_class,
+        "confusion": confusion,
+        **({"average_precision": precision} if precision else {}),
+        **({"boundary_f": boundary} if boundary else {}),
         **({"dice": dice} if dice else {}),
     }
 
@@ -90,6 +122,77 @@ def write_scores(path: Path, method: Method, step: int | None = None) -> None:
     """Write :func:`collect` as JSON; the file is always whole, old or new."""
     text = json.dumps(collect(method, step), indent=2, allow_nan=False)
     write_atomically(path, f"{text}\n".encode())
+
+
+def write_image_scores(path: Path, method: Method) -> None:
+    """Write the mIoU of every validated image in percent, a row an image, as CSV.
+
+    The first column is the image's name, the others are protocols by full name; a cell is empty
+    where an image has no pixel to score.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    tables = list(method.image_scores.values())
+    columns = [
+        f"{network}/{protocol}"
+        for network in method.image_scores
+        for protocol in method.scores[network].protocols  # type: ignore[union-attr]
+    ]
+    writer.writerow(["name", *columns])
+    for name in sorted(tables[0]) if tables else []:
+        values = [value for table in tables for value in table[name]]
+        writer.writerow([name, *("" if math.isnan(v) else f"{v * 100:.2f}" for v in values)])
+    write_atomically(path, buffer.getvalue().encode())
+
+
+def class_rows(content: Mapping[str, Any]) -> list[list[Any]]:
+    """Every score of :func:`collect` in percent as a table: heading, a row a class, their mean.
+
+    A column a score, by full name; None where a score has no value for a class.
+    """
+    columns: dict[str, Mapping[str, float | None]] = {name: {} for name in content["scores"]}
+    columns |= content["per_class"]
+    for name, by_class in content.get("boundary_f", {}).items():
+        columns[name.replace("miou", "boundary_f")] = by_class
+    for network, by_class in content.get("average_precision", {}).items():
+        columns[f"{network}/cls/map"] = by_class
+    return [
+        ["class", *columns],
+        *([c, *(by_class.get(c) for by_class in columns.values())] for c in content["classes"]),
+        ["mean", *(content["scores"][name] for name in columns)],
+    ]
+
+
+def write_class_tables(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``scores.csv``, see :func:`class_rows`, and ``scores.md``: all scores, IoU by class.
+
+    Args:
+        folder: where they go.
+        content: see :func:`collect`.
+    """
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(
+        [["" if cell is None else cell for cell in row] for row in class_rows(content)]
+    )
+    write_atomically(folder / "scores.csv", buffer.getvalue().encode())
+
+    per_class = content["per_class"]
+    scores = [["score", "%"], *([k, number(v)] for k, v in content["scores"].items())]
+    classes = [
+        ["IoU (%)", *per_class],
+        *([c, *(number(iou[c]) for iou in per_class.values())] for c in content["classes"]),
+        ["mean", *(number(content["scores"][name]) for name in per_class)],
+    ]
+    about = {key: content[key] for key in ("name", "method", "seed", "step")} | content["settings"]
+    text = "# Scores\n\n" + "".join(
+        f"- {k.replace('_', ' ')}: {'none' if v is None else v}\n" for k, v in about.items()
+    )
+    for table in (scores, classes):
+        rule = ["---", *["---:"] * (len(table[0]) - 1)]
+        lines = [[cell.replace("|", "\\|") for cell in row] for row in table]
+        lines.insert(1, rule)
+        text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    write_atomically(folder / "scores.md", text.encode())
 
 
 def print_scores(method: Method, console: Console | None = None) -> None:
@@ -103,9 +206,9 @@ def print_scores(method: Method, console: Console | None = None) -> None:
 
 
 def scores_table(scores: Mapping[str, float | None]) -> Table:
-    """Table with a row per protocol and a column per network, mIoU in percent."""
+    """Table with a row per score and a column per network, in percent."""
     networks, protocols = _split_names(scores)
-    table = Table(title="mIoU (%)", title_justify="left")
+    table = Table(title="Scores (%)", title_justify="left")
     table.add_column("protocol", no_wrap=True)
     for network in networks:
         table.add_column(network.upper(), justify="right")
