@@ -1,9 +1,11 @@
-"""``wsss.report``: reading runs, grouping seeds, comparing, and the files it writes."""
+"""``wsss report``: the whole command on untrained runs, and the files it writes."""
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +17,15 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from wsss.build import build_method, build_network
+from tests.report.made import SCORES, run
+from tests.report.pages import Page
+from wsss.build import build_data, build_method, build_network
 from wsss.cli import config_dir
 from wsss.data.shapes import CLASSES, generate
 from wsss.errors import UserError
-from wsss.report.__main__ import (
-    Run,
-    comparisons,
-    find_runs,
-    mean_and_deviation,
-    read_run,
-    report,
-    run_titles,
-    score_names,
-    seed_groups,
-    table_rows,
-)
-
-SCORES: dict[str, dict[str, float | None]] = {
-    "cosa": {
-        "on/seg/miou_ms_flip": 41.0,
-        "an/cpl/miou_ms_flip": 52.5,
-        "an/seg/miou_ms_flip": 45.0,
-    },
-    "cam": {"on/cpl/miou_ms_flip": 30.25, "on/cpl_early/miou_ms_flip": None},
-    "supervised": {"on/seg/miou_ms_flip": 50.0},
-}
-
-
-def run(method: str, seed: int = 0, offset: float = 0.0, step: int = 9, **config: Any) -> Run:
-    scores = {k: None if v is None else v + offset for k, v in SCORES[method].items()}
-    content = {"name": method, "method": method, "seed": seed, "step": step, "scores": scores}
-    data = {"seed": seed, "root": "there"}
-    return Run(Path(f"{method}{seed}"), {"seed": seed, "data": data, **config}, content)
+from wsss.report.__main__ import asked_for, report
+from wsss.report.drawing import Drawing, draw_runs, eval_batch
+from wsss.report.runs import read_runs, run_titles
 
 
 def compose(name: str, *overrides: str) -> DictConfig:
@@ -56,6 +34,25 @@ def compose(name: str, *overrides: str) -> DictConfig:
             return hydra.compose(name, overrides=list(overrides))
     finally:
         GlobalHydra.instance().clear()
+
+
+def copy_run(run_folder: Path, target: Path, checkpoint: bool = True) -> Path:
+    target.mkdir(parents=True)
+    for name in ("config.yaml", "scores.json"):
+        (target / name).write_bytes((run_folder / name).read_bytes())
+    if checkpoint:
+        shutil.copytree(run_folder / "checkpoints", target / "checkpoints")
+    return target
+
+
+def draw(cfg: DictConfig) -> Drawing:
+    found, _ = read_runs(asked_for(cfg))
+    return draw_runs(found, run_titles(found), cfg.pictures, cfg.data_root)
+
+
+def draw_at(root: Path, name: str) -> Any:
+    with Image.open(root / "JPEGImages" / f"{name}.jpg") as image:
+        return np.asarray(image.convert("RGB"))
 
 
 @pytest.fixture(scope="module")
@@ -92,105 +89,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# --- finding and reading -------------------------------------------------------------------
-
-
-def test_globs_find_run_folders_once_and_pass_over_others(runs: Path) -> None:
-    found = find_runs([str(runs / "supervised"), str(runs / "*")])
-    assert [p.name for p in found] == ["supervised", "cam", "cosa"]
-    assert find_runs(str(runs / "cam")) == [runs / "cam"]
-
-
-def test_folder_named_like_a_pattern_is_taken_literally(tmp_path: Path) -> None:
-    (tmp_path / "lr=[1]").mkdir()
-    assert find_runs([str(tmp_path / "lr=[1]")]) == [tmp_path / "lr=[1]"]
-
-
-@pytest.mark.parametrize(("names", "message"), [([], "runs is empty"), (["gone*"], "'gone\\*'")])
-def test_no_run_found(names: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        find_runs(names)
-
-
-def test_unfinished_run_is_named_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no config.yaml.*output_dir"):
-        read_run(tmp_path)
-    (tmp_path / "config.yaml").write_text("seed: 0\n")
-    with pytest.raises(UserError, match=rf"'{tmp_path}' has no scores.json.*ckpt=last"):
-        read_run(tmp_path)
-    (tmp_path / "scores.json").write_text('{"scores": ')
-    with pytest.raises(UserError, match=r"not as wsss\.train writes it"):
-        read_run(tmp_path)
-    (tmp_path / "scores.json").write_text("{}")
-    with pytest.raises(UserError, match="keys are missing"):
-        read_run(tmp_path)
-
-
-# --- numbers -------------------------------------------------------------------------------
-
-
-def test_runs_that_differ_in_the_seed_alone_are_one_group() -> None:
-    other_rate = run("cosa", seed=2, method_options={"lr": 1.0})
-    shorter = run("cosa", seed=3, step=4)
-    groups = seed_groups([run("cosa"), run("cam"), run("cosa", seed=1), other_rate, shorter])
-    assert [[r.seed for r in group] for group in groups] == [["0", "1"], ["0"], ["2"], ["3"]]
-
-
-def test_rows_end_with_mean_and_deviation_over_seeds() -> None:
-    runs = [run("cosa"), run("cosa", 1, 2.0), run("cam")]
-    names = score_names(runs)
-    assert names == [
-        "an/seg/miou_ms_flip",
-        "an/cpl/miou_ms_flip",
-        "on/seg/miou_ms_flip",
-        "on/cpl/miou_ms_flip",
-        "on/cpl_early/miou_ms_flip",
-    ]
-    header, rows = table_rows(runs, names)
-    assert header == ["run", "method", "seed", "steps", *names]
-    assert rows[0] == ["cosa", "cosa", "0", "9", "45.00", "52.50", "41.00", "-", "-"]
-    assert rows[2] == ["cam", "cam", "0", "9", "-", "-", "-", "30.25", "-"]
-    assert rows[3][:5] == ["cosa (n=2)", "cosa", "mean", "9", "46.00 +- 1.41"]
-    assert len(rows) == 4
-
-
-def test_mean_and_deviation_of_what_exists() -> None:
-    assert mean_and_deviation([1.0, 2.0, None, 3.0]) == "2.00 +- 1.00"
-    assert mean_and_deviation([1.0, None]) == "1.00"
-    assert mean_and_deviation([None]) == "-"
-
-
-def test_cosa_is_compared_with_its_bounds() -> None:
-    runs = [run("cosa"), run("cosa", 1, 2.0), run("cam"), run("supervised")]
-    ratio, gain = comparisons(runs)
-    assert "46.00 is 92.0 % of supervised" in ratio
-    assert "(mean of 2)" in ratio
-    assert "53.50 is +23.25 points from cam" in gain
-    assert comparisons([run("cam"), run("supervised")]) == []
-
-
-def test_titles() -> None:
-    runs = [run("cosa"), run("cosa", 1), run("cam")]
-    assert run_titles(runs, None) == ["cosa seed 0", "cosa seed 1", "cam"]
-    bounds = [run("cosa"), run("cam"), run("supervised")]
-    for bound in bounds[1:]:
-        bound.content["name"] = "shapes"
-    assert run_titles(bounds, None) == ["cosa", "shapes cam", "shapes supervised"]
-    assert run_titles(runs, ["a", "b", "c"]) == ["a", "b", "c"]
-    with pytest.raises(UserError, match="titles has 1 names, runs stands for 3"):
-        run_titles(runs, ["a"])
-
-
-# --- whole command -------------------------------------------------------------------------
-
-
-def test_report_writes_tables_and_one_picture(
+def test_report_of_several_runs_writes_tables_one_picture_and_a_page(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = ",".join(str(runs / name) for name in ("cosa", "cam", "supervised"))
     cfg = compose("report", f"runs=[{folders}]", f"output={tmp_path}", "pictures=2")
     written = report(cfg)
-    assert [p.name for p in written] == ["table.md", "table.csv", "pictures.png"]
+    assert [p.name for p in written] == ["table.md", "table.csv", "pictures.png", "report.html"]
     printed = capsys.readouterr().out
     assert all(str(path) in printed for path in written)
     assert "90.0 % of supervised" in printed
@@ -207,30 +112,94 @@ def test_report_writes_tables_and_one_picture(
     assert picture.shape[1] == 6 * 196 + 4
     assert picture.shape[0] > 2 * 192
 
+    page = Page(written[3].read_text())
+    # The shared images have what the picture has; then each run's own panels.
+    assert [image["alt"].split(" of ")[0] for image in page.all("img")] == [
+        *["image", "truth", "cosa prediction", "cosa CPL", "cam CPL", "supervised prediction"] * 2,
+        *["image", "truth", "CAM", "CPL", "SPL", "prediction"] * 2,
+        *["image", "truth", "CAM", "CPL"] * 2,
+        *["image", "truth", "prediction"] * 2,
+    ]
+    assert written[3].stat().st_size < 500_000
+
+
+def test_run_is_runs_of_one(runs: Path, tmp_path: Path) -> None:
+    for i, option in enumerate((f"run={runs / 'cam'}", f"runs=[{runs / 'cam'}]")):
+        report(compose("report", option, f"output={tmp_path / str(i)}", "pictures=0"))
+    for name in ("table.md", "table.csv", "report.html"):
+        one, other = ((tmp_path / i / name).read_text() for i in "01")
+        assert one.split("Written ")[0] == other.split("Written ")[0]
+    page = Page((tmp_path / "0" / "report.html").read_text())
+    assert "Comparison" not in page.sections
+    assert not any(tag == "details" and a.get("class") for tag, a in page.elements)
+
+
+def test_worst_and_best_images_are_drawn(runs: Path, tmp_path: Path) -> None:
+    folder = copy_run(runs / "supervised", tmp_path / "run")
+    names = (runs / "shapes" / "ImageSets" / "Segmentation" / "val.txt").read_text().split()
+    rows = zip(names, ("50.0", "", "20.5", "30.25"), strict=True)
+    (folder / "images.csv").write_text(
+        "name,on/seg/miou_ms_flip\n" + "".join(f"{n},{v}\n" for n, v in rows)
+    )
+    cfg = compose("report", f"run={folder}", f"output={tmp_path / 'out'}", "pictures=2")
+    page = Page(report(cfg)[-1].read_text())
+    words = page.words("Images")
+    assert f"{names[2]}: " in words
+    assert words.index("(worst, 20.50 %)") < words.index("(best, 50.00 %)")
+    assert [image["alt"].split(" of ")[1] for image in page.all("img")] == [
+        *[names[2]] * 3,
+        *[names[0]] * 3,
+    ]
+
+    (folder / "images.csv").write_text("name,on/seg/miou_ms_flip\nelsewhere,1\n")
+    with pytest.raises(UserError, match=r"images.csv' has scores of 'elsewhere'.*pictures=0"):
+        report(cfg)
+
+
+def test_own_images_come_from_the_run_s_own_data(runs: Path, tmp_path: Path) -> None:
+    # The same names and other images: a second data set.
+    generate(tmp_path / "other", train=2, val=4, image_size=32, seed=9)
+    folder = copy_run(runs / "supervised", tmp_path / "run")
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["wsss"]["config"]["data"]["root"] = str(tmp_path / "other")
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    name = (tmp_path / "other" / "ImageSets" / "Segmentation" / "val.txt").read_text().split()[0]
+    (folder / "images.csv").write_text(f"name,on/seg/miou_ms_flip\n{name},1\n")
+    cfg = compose("report", f"runs=[{runs / 'cam'},{folder}]", f"output={tmp_path / 'o'}")
+    cfg.pictures = 1
+    drawing = draw(cfg)
+    assert drawing.protocols == [None, "on/seg/miou_ms_flip"]
+    (own,) = drawing.own[1]
+    with Image.open(tmp_path / "other" / "JPEGImages" / f"{name}.jpg") as image:
+        native = np.asarray(image.convert("RGB"))
+    assert np.abs(own.panels.panels["image"].astype(int) - native).max() <= 1
+    assert own.panels.name == drawing.shared[0].panels.name
+    assert not np.array_equal(own.panels.panels["image"], drawing.shared[0].panels.panels["image"])
+    # Where data_root says that all lies in one place, it is asked for there.
+    cfg.data_root = str(runs / "shapes")
+    (own,) = draw(cfg).own[1]
+    assert np.array_equal(own.panels.panels["image"], draw_at(runs / "shapes", name))
+
 
 def test_missing_checkpoint_is_told_before_anything_is_written(runs: Path, tmp_path: Path) -> None:
-    run_folder = tmp_path / "run"
-    run_folder.mkdir()
-    for name in ("config.yaml", "scores.json"):
-        (run_folder / name).write_bytes((runs / "cam" / name).read_bytes())
+    run_folder = copy_run(runs / "cam", tmp_path / "run", checkpoint=False)
     arguments = (f"runs=[{run_folder}]", f"output={tmp_path / 'out'}")
     with pytest.raises(UserError, match=r"last.ckpt.*pictures=0"):
         report(compose("report", *arguments))
     assert not (tmp_path / "out").exists()
-    assert len(report(compose("report", *arguments, "pictures=0"))) == 2
+    written = report(compose("report", *arguments, "pictures=0"))
+    assert [p.name for p in written] == ["table.md", "table.csv", "report.html"]
 
 
 def test_moved_data_and_scores_of_other_weights(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_folder = tmp_path / "run"
-    (run_folder / "checkpoints").mkdir(parents=True)
+    run_folder = copy_run(runs / "cam", tmp_path / "run")
     checkpoint = torch.load(runs / "cam" / "checkpoints" / "last.ckpt", weights_only=True)
     checkpoint["wsss"]["config"]["data"]["root"] = str(tmp_path / "gone")
     torch.save(checkpoint, run_folder / "checkpoints" / "last.ckpt")
     content = json.loads((runs / "cam" / "scores.json").read_text())
     (run_folder / "scores.json").write_text(json.dumps({**content, "step": 12}))
-    (run_folder / "config.yaml").write_bytes((runs / "cam" / "config.yaml").read_bytes())
     arguments = (f"runs=[{run_folder}]", f"output={tmp_path / 'out'}", "pictures=1")
     with pytest.raises(UserError, match=r"gone.*data_root=.*pictures=0"):
         report(compose("report", *arguments))
@@ -247,6 +216,41 @@ def test_moved_data_and_scores_of_other_weights(
     assert titles == ["image", "truth", "cam at step 9 CPL"]
 
 
-def test_runs_must_be_given() -> None:
-    with pytest.raises(UserError, match=r"runs is not set.*runs=\["):
+def test_unfinished_runs_of_a_sweep_are_named_everywhere(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_run(runs / "cam", tmp_path / "sweep" / "0", checkpoint=False)
+    going = copy_run(runs / "cam", tmp_path / "sweep" / "1", checkpoint=False)
+    (going / "scores.json").unlink()
+    cfg = compose("report", f"run={tmp_path}/sweep/*", f"output={tmp_path / 'out'}", "pictures=0")
+    table, _, page = report(cfg)
+    said = f"1 of 2 runs not finished (no scores.json), left out: {going}"
+    assert said in capsys.readouterr().out
+    assert f"- {said}" in table.read_text()
+    assert "1 of 2 runs not finished" in Page(page.read_text()).words("Comparison")
+
+
+def test_images_without_masks_are_drawn_with_a_void_truth(runs: Path) -> None:
+    data = build_data(compose("train", "data=voc", f"data.root={runs / 'shapes'}"))
+    data.setup("validate")
+    assert data.val_images is not None
+    assert eval_batch(data, 0, 32, torch.device("cpu")).masks[0].unique().tolist()[0] == 0
+    data.val_images.has_masks = False
+    batch = eval_batch(data, 0, 48, torch.device("cpu"))
+    assert batch.masks[0].shape == (32, 32)
+    assert batch.masks[0].unique().tolist() == [255]
+    assert batch.images.shape == (1, 3, 48, 48)
+
+
+def test_one_of_run_and_runs_must_be_given() -> None:
+    with pytest.raises(UserError, match=r"runs is not set.*run=.*runs=\["):
         report(compose("report"))
+    with pytest.raises(UserError, match=r"run and runs are both set.*runs=\["):
+        report(compose("report", "run=a", "runs=b"))
+    with pytest.raises(UserError, match="runs is empty"):
+        report(compose("report", "runs=[]"))
+
+
+def test_templates_lie_in_the_package() -> None:
+    folder = resources.files("wsss.report") / "templates"
+    assert {"report.html", "parts.html", "style.css"} <= {p.name for p in folder.iterdir()}

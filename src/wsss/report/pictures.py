@@ -125,8 +125,8 @@ def draw_panels(method: Method, batch: EvalBatch, threshold: float | None = None
         batch: images as the data module hands them over, float or uint8.
         threshold: of the CPL; None takes the one that the method is at.
     """
-    network_name, network = next(iter(method.networks().items()))
-    scores = method.scores[network_name]
+    network_name = next(iter(method.scores))
+    network, scores = method.networks()[network_name], method.scores[network_name]
     images = to_unit_range(batch.images)
     out = multi_scale(
         network,
@@ -172,7 +172,7 @@ def current_threshold(method: Method) -> float:
 
 def scored_threshold(method: Method) -> float:
     """Background threshold at which the CPL is scored."""
-    return float(cast(float, method.scores[method.network_names[0]].cpl_threshold))
+    return float(cast(float, next(iter(method.scores.values())).cpl_threshold))
 
 
 # --- composition ---------------------------------------------------------------------------
