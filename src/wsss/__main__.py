@@ -10,8 +10,12 @@ from wsss import __version__
 COMMANDS = {
     "prepare": "check a data set, build what is missing, count what it holds",
     "train": "train a method",
-    "evaluate": "score a checkpoint under every protocol",
-    "report": "one table and picture of finished runs",
+    "evaluate": "score a checkpoint, or a folder of masks, under every protocol",
+    "predict": "masks of your own images, without labels",
+    "pseudo_label": "pseudo-labels of labelled images, for a second stage",
+    "report": "one page of a finished run; tables and pictures of several",
+    "analyse": "figures of a run's CAM pseudo-labels and thresholds",
+    "import_checkpoint": "another program's checkpoint into one of ours",
 }
 
 
@@ -21,7 +25,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: wsss <command> [key=value ...]\n\ncommands:")
         for name, purpose in COMMANDS.items():
-            print(f"  {name:<10} {purpose}")
+            print(f"  {name:<18} {purpose}")
         print("\n`wsss <command> --help` shows a command's keys and choices.")
         raise SystemExit(0)
     if arguments[0] == "--version":

@@ -90,9 +90,11 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
         if data.has_masks:
             print_scores(method)
         else:
+            name = f"{method.network_names[0]}/cls/map"
+            value = f"{100 * scores[name]:.2f} %" if name in scores else "-"
             print(
-                f"Split '{data.val_split}' has no masks, so nothing was scored and best.ckpt is "
-                "last.ckpt; look at the pictures."
+                f"Split '{data.val_split}' has no masks, so only the image labels were scored "
+                f"({name} {value}) and best.ckpt is last.ckpt; look at the pictures."
             )
         print(f"Run folder: {output_dir}")
     return {k: v for k, v in scores.items() if k.split("/")[0] in method.network_names}
@@ -112,10 +114,12 @@ def apply_variant(cfg: DictConfig) -> DictConfig:
         raise UserError(f"variant={cfg.variant}: no such one. {nearest(cfg.variant, cfg.variants)}")
     settings = cfg.variants[cfg.variant]
     try:
-        return cast(DictConfig, OmegaConf.merge(cfg, {"variants": {}}, settings))
+        merged = cast(DictConfig, OmegaConf.merge(cfg, settings))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"variant={cfg.variant}: {settings} does not fit ({reason}).") from error
+    merged.variants = {}  # the others are not part of this run
+    return merged
 
 
 def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer:

@@ -429,6 +429,23 @@ def test_a_full_disk_keeps_what_was_written(
     assert "seg/miou_ss" in capsys.readouterr().out
 
 
+def test_the_remedy_for_a_broken_image_helps(
+    checkpoint: Path, shapes_root: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(shapes_root, root)
+    first = (root / "ImageSets/Segmentation/val.txt").read_text().split()[0]
+    (root / f"JPEGImages/{first}.jpg").write_bytes(b"")
+    out = tmp_path / "out"
+    quick = ["networks=[an]", "protocols=[seg/miou_ss]", f"output_dir={out}", *QUIET]
+    more = [f"checkpoint={checkpoint}", f"data.root={root}", *quick]
+    with pytest.raises(UserError, match=r"empty file.*\n.*data\.on_error=skip"):
+        evaluate(compose("evaluate", more))
+    with pytest.warns(UserWarning, match="left out 1 of 6 images"):
+        evaluate(compose("evaluate", [*more, "data.on_error=skip"]))
+    assert scores_in(out)["settings"]["images"] == 5
+
+
 # --- W&B ---------------------------------------------------------------------------------------
 
 

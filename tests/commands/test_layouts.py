@@ -68,13 +68,18 @@ def test_a_folder_without_masks_trains_and_draws(run: Run, tmp_path: Path) -> No
         "pictures=2",
         "trainer.val_every_n_steps=2",
     )
-    assert "has no masks, so nothing was scored" in printed.stdout + printed.stderr
+    assert (
+        "has no masks, so only the image labels were scored (an/cls/map "
+        in printed.stdout + printed.stderr
+    )
     for noise in ("classes without a pixel", "``compute`` method"):
         assert noise not in printed.stderr
     assert (out / "pictures/step_000005.png").is_file()
     scores = json.loads((out / "scores.json").read_text())["scores"]
     assert scores
-    assert all(value is None for value in scores.values())
+    labels = {name for name in scores if "/cls/" in name}
+    assert labels == {f"{n}/cls/{s}" for n in ("an", "on") for s in ("map", "image_ap")}
+    assert all((value is not None) == (name in labels) for name, value in scores.items())
     best, last = (
         torch.load(out / f"checkpoints/{name}.ckpt", weights_only=True) for name in ("best", "last")
     )

@@ -1,0 +1,110 @@
+"""Sweeps: every variant of every one fits, and a multirun ends in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from tests.commands.conftest import TINY, Run, compose
+from wsss.build import build_method, build_network
+from wsss.cli import config_dir
+from wsss.errors import UserError
+from wsss.methods import CoSA
+from wsss.train import apply_variant
+
+SWEEPS = sorted(f.stem for f in (config_dir() / "sweep").glob("*.yaml") if f.stem != "base")
+CLASSES = ("cat", "dog")
+
+
+def settings(sweep: str, *overrides: str) -> DictConfig:
+    return compose("train", [*TINY, "data.root=nowhere", f"sweep={sweep}", *overrides])
+
+
+def method_of(config: DictConfig) -> CoSA:
+    method = build_method(config, build_network(config, len(CLASSES)), CLASSES)
+    assert isinstance(method, CoSA)
+    return method
+
+
+def listed(sweep: str) -> list[str]:
+    """Variants that ``-m`` goes through."""
+    params = OmegaConf.load(config_dir() / "sweep" / f"{sweep}.yaml").hydra.sweeper.params
+    return [name.strip() for name in str(params.variant).split(",")]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_variant_is_swept_once_and_fits(sweep: str) -> None:
+    config = settings(sweep)
+    assert sorted(listed(sweep)) == sorted(config.variants)
+    for name in config.variants:
+        config.variant = name
+        method_of(apply_variant(config))
+
+
+def test_parts_of_the_ablation() -> None:
+    def parts(name: str) -> set[str]:
+        method = method_of(apply_variant(settings("cosa_ablation", f"variant={name}")))
+        return {
+            part
+            for part, on in {
+                "gc": method.guidance == "spl",
+                "sa": method.momentum > 0,
+                "raw": method.raw,
+                "csc": method.csc_weight > 0,
+                "dt": bool(list(method.threshold.children())) or hasattr(method.threshold, "ring"),
+            }.items()
+            if on
+        }
+
+    everything = {"gc", "sa", "raw", "csc", "dt"}
+    assert parts("full") == everything
+    for name in ("gc", "sa", "raw", "csc", "dt"):
+        assert parts(f"no_{name}") == everything - {name}
+    assert parts("base") == set()
+    assert parts("gc") == {"gc"}
+    assert parts("gc_sa") == {"gc", "sa"}
+    assert parts("gc_sa_raw") == {"gc", "sa", "raw"}
+
+
+def test_no_variant_changes_nothing() -> None:
+    config = settings("cosa_ablation")
+    assert apply_variant(config) is config
+
+
+def test_the_run_keeps_its_variant_and_not_the_others() -> None:
+    config = apply_variant(settings("cosa_ablation", "variant=no_raw"))
+    assert config.variant == "no_raw"
+    assert config.method.raw is False
+    assert config.variants == {}
+
+
+def test_mistakes() -> None:
+    with pytest.raises(UserError, match="Did you mean 'no_csc'"):
+        apply_variant(settings("cosa_ablation", "variant=no_scs"))
+    with pytest.raises(UserError, match="set sweep="):
+        apply_variant(compose("train", [*TINY, "data.root=nowhere", "variant=full"]))
+    config = settings("cosa_ablation", "variant=full")
+    config.variants.full = {"method": {"raww": False}}
+    with pytest.raises(UserError, match="raww"):
+        apply_variant(config)
+
+
+def test_multirun_ends_in_one_table(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    done = run(
+        "train",
+        "-m",
+        *tiny,
+        "sweep=cosa_ablation",
+        "variant=full,no_csc",
+        "seed=0",
+        "trainer.max_steps=3",
+        "hydra.sweep.dir=sweep",
+    )
+    found = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert found == ["full-seed0", "no_csc-seed0", "report"]
+    table = (tmp_path / "sweep/report/table.md").read_text()
+    assert "no_csc" in table
+    assert "full" in table
+    assert "table.md" in done.stdout
