@@ -97,14 +97,15 @@ def score_masks(
             contours.update(prediction, target)
     if found.problems and (data.on_error == "raise" or not found.scored):
         raise _unusable(folder, found.problems, len(paths))
-    if found.identical == found.scored:
+    result = _tell(folder, data.val_split, output_dir, scores, contours, found)
+    if found.identical == found.scored:  # the last that is said, so that nobody misses it
         warnings.warn(
             f"THESE MASKS ARE THE GROUND TRUTH: all {found.scored} of masks='{folder}' equal the "
             "data set's own. A network trained on them is fully supervised; this score says "
             "nothing.",
             stacklevel=2,
         )
-    return _tell(folder, data.val_split, output_dir, scores, contours, found)
+    return result
 
 
 def _unusable(folder: Path, problems: list[str], total: int) -> UserError:

@@ -21,7 +21,7 @@ from wsss.data.images import voc_palette
 from wsss.methods import CAM, CoSA, Supervised
 from wsss.methods.base import Method
 from wsss.nn import WSSSNetwork
-from wsss.pseudo import cam_pseudo_label, multi_scale
+from wsss.pseudo import cam_pseudo_label, multi_scale, two_threshold_label
 from wsss.report import pictures
 from wsss.report.pictures import (
     PanelSet,
@@ -335,3 +335,18 @@ def test_callback_keeps_to_the_images_that_are_evaluated(tmp_path: Path) -> None
     with one_thread():
         trainer.validate(tiny(CAM), Validated(), verbose=False)
     assert seen == ["image_0", "image_3"]
+
+
+def test_two_thresholds_are_drawn_with_what_they_leave_undecided() -> None:
+    method = tiny(CoSA, threshold=[0.3, 0.6], raw=False, csc_weight=0.0)
+    found = current_threshold(method)
+    assert isinstance(found, torch.Tensor)
+    assert found.tolist() == pytest.approx([0.3, 0.6])
+    batch = eval_batch()
+    row = draw_panels(method, batch)[0]
+    assert isinstance(method, CoSA)
+    out = multi_scale(method.assignment, batch.images, (1.0,))
+    cam = out.cam * batch.labels[:, :, None, None]
+    label = two_threshold_label(cam, 0.3, 0.6)
+    assert bool((label == 255).any())
+    assert np.array_equal(row.panels["CPL"], overlay(row.panels["image"], label[0], 4))

@@ -162,12 +162,16 @@ def draw_panels(method: Method, batch: EvalBatch, threshold: float | None = None
     return result
 
 
-def current_threshold(method: Method) -> float:
-    """Background threshold of the CAMs: the method's own where it has one, else the scored one."""
+def current_threshold(method: Method) -> float | Tensor:
+    """Background threshold of the CAMs: the method's own where it has one, else the scored one.
+
+    (2,) where it has two, low and high.
+    """
     threshold = getattr(method, "threshold", None)
-    if isinstance(threshold, torch.nn.Module):
-        return float(cast(Tensor, threshold.value))
-    return scored_threshold(method)
+    if not isinstance(threshold, torch.nn.Module):
+        return scored_threshold(method)
+    value = cast(Tensor, threshold.value)
+    return value if value.dim() else float(value)
 
 
 def scored_threshold(method: Method) -> float:
