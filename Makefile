@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SEED ?= 0
+# Processes of the tests.
+WORKERS ?= 2
 
 # No network at run time: no W&B login, no update checks.
 export WANDB_MODE ?= offline
@@ -32,16 +34,18 @@ demo: install  ## train CoSA, its lower and its upper bound on generated images;
 	$(BIN)/wsss report 'runs=[$(DEMO)/supervised,$(DEMO)/cam,$(DEMO)/cosa]' output=$(DEMO)/report
 
 test: install  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## time and memory of one training step; time of an image's two views
+bench: install  ## time of a training step, of an image's two views, of evaluation, of the dense energy loss
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/input_pipeline.py
+	$(BIN)/python benchmarks/evaluate.py
+	$(BIN)/python benchmarks/dense_energy.py
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) outputs data build dist .pytest_cache .mypy_cache .ruff_cache
