@@ -395,9 +395,10 @@ def test_interrupted(
             raise KeyboardInterrupt
         yield from whole(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(segmenter.Segmenter, "__call__", interrupted)
-        call()
+        with pytest.raises(KeyboardInterrupt):
+            call()
     printed = capsys.readouterr().out
     assert "Stopped: 2 of 4 are written to predictions" in printed
     assert len(list(Path("predictions").rglob("*.json"))) == 2

@@ -208,14 +208,20 @@ def test_types(dtype: torch.dtype, label_dtype: torch.dtype) -> None:
     scores = (scores * 4).to(dtype)
     if dtype != torch.float64:
         assert len(scores.unique()) < scores.numel()
-    _check(_of(scores, labels.to(label_dtype)), scores.double(), labels)
+    metric = ClassificationScores(4)
+    metric.update(scores, labels.to(label_dtype))
+    # Ranks gather them, and must agree on their type.
+    assert {state.dtype for state in [*metric.scores, *metric.labels]} == {torch.float32}
+    _check(metric.compute(), scores.double(), labels)
 
 
 def test_scores_with_a_gradient() -> None:
+    """What is kept holds no graph, and with it no activations."""
     scores, labels = _set(10, 3, seed=14)
-    found = _of(scores.requires_grad_(), labels)
-    assert not found["map"].requires_grad
-    _check(found, scores.detach(), labels)
+    metric = ClassificationScores(3)
+    metric.update(scores.requires_grad_(), labels)
+    assert not any(state.requires_grad for state in metric.scores)
+    _check(metric.compute(), scores.detach(), labels)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -302,6 +302,13 @@ def test_scores_of_image_labels_and_boundaries_by_class(tmp_path: Path) -> None:
     assert "cat 50.00 11.00 33.00 dog 60.00 22.00 44.00 background 90.00 - -" in words
 
 
+def test_classes_without_the_headline_and_without_a_score(tmp_path: Path) -> None:
+    values = {"background": None, "cat": 60.0, "dog": 50.0}
+    made = write(run("supervised"), tmp_path, per_class={"on/seg/miou_ss": values})
+    words = page_of([made]).words("IoU by class")
+    assert "class on/seg/iou_ss dog 50.00 cat 60.00 background - " in words
+
+
 def test_broken_files_of_a_run_are_named(tmp_path: Path) -> None:
     made = write(run("cam"), tmp_path)
     (tmp_path / "metrics.csv").write_text("a,step\nx,1\n")
@@ -322,6 +329,7 @@ def test_several_runs_are_compared_first_then_folded_away(tmp_path: Path) -> Non
     words = page.words("Comparison")
     assert "cosa cosa 2 9 45.00 ± 0.00 52.50 ± 0.00 41.00 ± 0.00 -" in words
     assert "cosa cosa 1 9 45.00" in words
+    assert "(n=2)" not in page.text  # means have a table of their own
     assert "+22.25 points from cam" in words
     assert "same: cat" in page.words("The same images")
     folded = [d for d in page.all("details") if d.get("class") == "run"]
@@ -348,6 +356,9 @@ def test_settings_are_columns_of_words(tmp_path: Path) -> None:
     words = page_of(runs).words("Comparison")
     assert "run method method.raw seed steps" in words
     assert "cosa cosa false 0 9 45.00" in words
+    source = render(runs, run_titles(runs))
+    assert "<td>false</td>" in source
+    assert '<td class="number">9</td>' in source
 
 
 def test_unfinished_runs_are_counted_and_named(tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from PIL import Image
 from tests.report.made import SCORES, run
 from tests.report.pages import Page
 from wsss.build import build_data, build_method, build_network
+from wsss.checkpoints import read_checkpoint, restore_method, saved_config
 from wsss.cli import config_dir
 from wsss.data.shapes import CLASSES, generate
 from wsss.errors import UserError
 from wsss.report.__main__ import asked_for, report
-from wsss.report.drawing import Drawing, draw_runs, eval_batch
+from wsss.report.drawing import Drawing, draw_image, draw_runs, eval_batch
 from wsss.report.runs import read_runs, run_titles
 
 
@@ -228,6 +229,30 @@ def test_unfinished_runs_of_a_sweep_are_named_everywhere(
     assert said in capsys.readouterr().out
     assert f"- {said}" in table.read_text()
     assert "1 of 2 runs not finished" in Page(page.read_text()).words("Comparison")
+
+
+def test_panels_at_the_scored_threshold_and_the_image_s_own_size(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = build_data(compose("train", "data=voc", f"data.root={runs / 'shapes'}"))
+    data.setup("validate")
+    assert data.val_images is not None
+    image, mask = np.zeros((20, 30, 3), np.uint8), np.zeros((20, 30), np.uint8)
+    monkeypatch.setattr(data.val_images, "load_image", lambda index: image)
+    monkeypatch.setattr(data.val_images, "load_mask", lambda index: mask)
+    seen: list[Any] = []
+
+    def spy(method: Any, batch: Any, threshold: float | None = None) -> Any:
+        seen.append((tuple(batch.images.shape), threshold))
+        return ["panels"]
+
+    monkeypatch.setattr("wsss.report.drawing.draw_panels", spy)
+    checkpoint = read_checkpoint(runs / "cosa" / "checkpoints" / "last.ckpt")
+    config = saved_config(checkpoint, "")
+    config.method.cpl_threshold = 0.625
+    picture = draw_image(restore_method(checkpoint, config, ""), data, 1, 32)
+    assert picture.size == (20, 30)
+    assert seen == [((1, 3, 32, 32), 0.625)]
 
 
 def test_images_without_masks_are_drawn_with_a_void_truth(runs: Path) -> None:

@@ -94,6 +94,15 @@ def test_unfinished_runs_of_a_glob_are_set_aside_but_not_named_ones(tmp_path: Pa
         read_runs(pattern)
 
 
+def test_runs_are_read_in_the_order_of_their_settings(tmp_path: Path) -> None:
+    for name, value in (("a", 2), ("b", 10), ("c", 1)):
+        write_run(tmp_path / name)
+        (tmp_path / name / "config.yaml").write_text(f"method: {{k: {value}}}\n")
+    runs, unfinished = read_runs(str(tmp_path / "*"))
+    assert [r.folder.name for r in runs] == ["c", "a", "b"]
+    assert unfinished == []
+
+
 # --- seeds and settings --------------------------------------------------------------------
 
 

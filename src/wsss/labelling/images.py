@@ -88,7 +88,7 @@ def refuse_own_folders(output_dir: Path, subfolders: Sequence[str], opened: Open
     Raises:
         UserError: the output would lie in one.
     """
-    targets = [output_dir.resolve(), *((output_dir / name).resolve() for name in subfolders)]
+    targets = [(output_dir / name).resolve() for name in subfolders]
     for folder in opened.own_folders:
         if any(target.is_relative_to(folder) for target in targets):
             raise UserError(

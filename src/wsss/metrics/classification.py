@@ -107,7 +107,7 @@ class ClassificationScores(Metric):
         assert isinstance(self.scores, list)
         assert isinstance(self.labels, list)
         self.scores.append(scores.detach().float().flatten())
-        self.labels.append(labels.detach().float().flatten())
+        self.labels.append(labels.float().flatten())
 
     def compute(self) -> dict[str, Tensor]:
         """``ap`` per class (C,), ``map`` and ``image_ap``, float64.

@@ -232,7 +232,7 @@ def _svg(
         figure.savefig(buffer, format="svg", metadata=_NO_METADATA, transparent=False)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would hold for the page
     # matplotlib numbers its elements anew in every figure.
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{key}-", text)
     # The width comes from the page, the height from the viewBox.
