@@ -54,6 +54,10 @@ def test_a_chart_a_loss_with_the_early_one_beside_it() -> None:
     assert label(charts[0].svg) == "loss/total: loss/total goes from 3 at step 9 to 2 at step 19."
     assert "loss/c2s_early goes from 0.75 at step 19 to 0.75" in label(charts[1].svg)
     assert {"loss/c2s", "loss/c2s_early"} <= set(texts(charts[1].svg))
+    dashed = [
+        c for c in loss_charts({**METRICS, "loss/c2s": METRICS["lr"]}, "k") if "dash" in c.svg
+    ]
+    assert [c.title for c in dashed] == ["loss/c2s"]  # the early one
     assert "loss/cls" not in texts(charts[2].svg)  # one line needs no legend
     assert "from 0.25 at step 9 to 0.125" in label(charts[3].svg)
     assert loss_charts({}, "k") == []
