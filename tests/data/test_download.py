@@ -113,8 +113,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         cut = server.cuts.pop(0) if server.cuts else None
+        server.sent += len(body[:cut])  # before: the client may look as soon as it has all
         self.wfile.write(body[:cut])
-        server.sent += len(body[:cut])
         if cut and server.reset:  # closing without lingering sends RST
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)

@@ -60,7 +60,7 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
     precision: dict[str, dict[str, float | None]] = {}
 
     def by_class(values: Tensor) -> dict[str, float | None]:
-        return {c: _percent(v) for c, v in zip(method.classes, values, strict=True)}
+        return {c: _percent(v) for c, v in zip(method.classes, values.reshape(-1), strict=True)}
 
     data = method.run_config.get("data", {})
     settings = {
