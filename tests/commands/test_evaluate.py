@@ -43,9 +43,16 @@ SEGMENTATION = ["seg/miou_ss", "seg/miou_ms_flip", "seg_given_tags/miou_ss"]
 Evaluate = Callable[..., dict[str, float]]
 
 
-def save_checkpoint(path: Path, classes: Sequence[str], *overrides: str) -> Path:
+def save_checkpoint(
+    path: Path, classes: Sequence[str], *overrides: str, method_name: str = "cosa"
+) -> Path:
     """A method with random weights, as training writes it; assignment and online network differ."""
-    config = compose("train", [*TINY, *overrides])
+    start = TINY
+    if method_name != "cosa":
+        own = ("method.loss_warmup", "method.threshold", "experiment=")
+        kept = [o for o in TINY if not o.startswith(own)]
+        start = ["experiment=shapes", f"method={method_name}", *kept]
+    config = compose("train", [*start, *overrides])
     torch.manual_seed(0)
     network = build_network(config, len(classes))
     torch.nn.init.normal_(network.decoder.classifier.weight, std=0.5)  # type: ignore[union-attr,arg-type]
@@ -331,14 +338,8 @@ def test_a_crf_without_its_package(score: Evaluate, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("_data_must_not_be_read")
 def test_protocols_that_the_method_lacks(classes: list[str], tmp_path: Path) -> None:
-    own = ("method.loss_warmup", "method.threshold", "experiment=")
-    kept = [o for o in TINY if not o.startswith(own)]
-    config = compose("train", ["experiment=shapes", "method=cam", *kept, "data.root=x"])
-    method = build_method(config, build_network(config, len(classes)), tuple(classes))
-    content: dict[str, Any] = {"state_dict": method.state_dict()}
-    method.on_save_checkpoint(content)
-    torch.save(content, tmp_path / "cam.ckpt")
-    more = [f"checkpoint={tmp_path / 'cam.ckpt'}", *QUIET]
+    path = save_checkpoint(tmp_path / "cam.ckpt", classes, "data.root=x", method_name="cam")
+    more = [f"checkpoint={path}", *QUIET]
     with pytest.raises(UserError, match=r"does not train what 'seg/miou_ss' scores.*cpl/miou_ms"):
         evaluate(compose("evaluate", [*more, "protocols=[cpl/miou_ms_flip,seg/miou_ss]"]))
 
@@ -601,6 +602,15 @@ def test_zip_with_a_crf(
 def test_zip_holds_one_network(submit: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="masks of one network"):
         submit("networks=[an,on]")
+
+
+def test_no_zip_without_a_segmentation(
+    submit: Callable[..., Path], voc_checkpoint: Path, tmp_path: Path
+) -> None:
+    cam = save_checkpoint(tmp_path / "cam.ckpt", VOC_CLASSES, "data.root=x", method_name="cam")
+    with pytest.raises(UserError, match="trains no segmentation"):
+        submit(f"checkpoint={cam}")
+    assert not [*tmp_path.glob("out/*")]
 
 
 def test_a_full_disk_keeps_the_old_zip(
