@@ -31,7 +31,7 @@ demo: install  ## train CoSA, its lower and its upper bound on generated images;
 	$(BIN)/wsss train experiment=shapes method=supervised seed=$(SEED) output_dir=$(DEMO)/supervised
 	$(BIN)/wsss train experiment=shapes method=cam seed=$(SEED) output_dir=$(DEMO)/cam
 	$(BIN)/wsss train experiment=cosa_shapes seed=$(SEED) output_dir=$(DEMO)/cosa
-	$(BIN)/wsss report 'runs=[$(DEMO)/supervised,$(DEMO)/cam,$(DEMO)/cosa]' output=$(DEMO)/report
+	$(BIN)/wsss report 'runs=[$(DEMO)/supervised,$(DEMO)/cam,$(DEMO)/cosa]' output_dir=$(DEMO)/report
 
 test: install  ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

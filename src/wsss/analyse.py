@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 
@@ -21,7 +21,13 @@ from wsss.analysis.collect import PAIR, SCORED, UNFITTED, NetworkScore, collect
 from wsss.analysis.metrics_file import read_metrics, score_rows, threshold_rows
 from wsss.analysis.summary import CheckpointCurves, csv_tables, printed_table, sentences
 from wsss.build import build_data
-from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.checkpoints import (
+    find_checkpoint,
+    read_checkpoint,
+    restore_method,
+    saved_config,
+    with_data,
+)
 from wsss.cli import hydra_command, quiet_libraries
 from wsss.data.batch import EvalBatch
 from wsss.data.datamodule import WSSSDataModule
@@ -73,10 +79,11 @@ def analyse(cfg: DictConfig) -> list[Path]:
         check_classes(content, data.classes, str(path))
         method = restore_method(content, config, path)
         del content  # weights of networks and optimizer
-        if not method.evaluates_cam:
+        if not (method.evaluates_cam and method.evaluates_early_cam):
             raise UserError(
-                f"'{path}': method={type(method).__name__.lower()} trains no CAMs, and CAM "
-                "pseudo-labels are what is analysed. Choose a run of cosa or cam."
+                f"'{path}': method={type(method).__name__.lower()} does not train both the CAM "
+                "and the early CAM, and their pseudo-labels are what is analysed. Choose a run of "
+                "cosa or cam."
             )
         if with_networks is None:
             logged = logged_scores(run, method)
@@ -254,14 +261,7 @@ def run_folder(paths: Sequence[Path]) -> Path:
 
 def merge_data(saved: DictConfig, cfg: DictConfig) -> DictConfig:
     """The training run's configuration with the data that the command asks for."""
-    run = saved.copy()
-    OmegaConf.set_struct(run, False)
-    if "_target_" in cfg.data:
-        run.data = OmegaConf.create(OmegaConf.to_container(cfg.data, resolve=True))
-    else:
-        for key, value in cfg.data.items():
-            if value is not None:
-                run.data[key] = value
+    run = with_data(saved, cfg.data)
     if cfg.split is not None:
         run.data.val_split = cfg.split
     if cfg.max_images is not None:

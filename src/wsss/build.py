@@ -67,16 +67,16 @@ def _data_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) -> WSSSNetwork:
-    """The network of ``cfg.backbone``.
+    """The network of ``cfg.backbone``, of the kind that ``cfg.method`` needs.
 
     Args:
-        cfg: with a ``backbone`` section.
+        cfg: with a ``backbone`` and a ``method`` section.
         num_classes: foreground classes.
         load_weights: False leaves pretrained weights out, for a network about to be loaded.
     """
     backbone = cfg.backbone
     weights = backbone.weights if load_weights else None
-    return WSSSNetwork(
+    return method_class(cfg).network_class(
         backbone.name,
         num_classes,
         early_block=backbone.early_block,
@@ -93,12 +93,22 @@ def method_class(cfg: DictConfig) -> type[Method]:
 
 
 def build_method(cfg: DictConfig, network: WSSSNetwork, classes: tuple[str, ...]) -> Method:
-    """The method of ``cfg.method`` around a network."""
+    """The method of ``cfg.method`` around a network, with the add-ons of ``cfg.addon``."""
     with _readable():
+        chosen = cfg.get("addon") or {}  # checkpoints of versions without add-ons have none
         method = cast(
             Method,
             hydra.utils.instantiate(
-                cfg.method, network=network, classes=classes, _convert_="all", _recursive_=False
+                cfg.method,
+                network=network,
+                classes=classes,
+                addons={
+                    name: hydra.utils.instantiate(spec, _convert_="all")
+                    for name, spec in chosen.items()
+                    if spec is not None  # left out by a variant of a sweep
+                },
+                _convert_="all",
+                _recursive_=False,
             ),
         )
     method.run_config = plain_config(cfg)

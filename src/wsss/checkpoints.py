@@ -75,6 +75,25 @@ def saved_config(checkpoint: dict[str, Any], path: str | Path) -> DictConfig:
     return cast(DictConfig, OmegaConf.create(saved))
 
 
+def with_data(saved: DictConfig, data: DictConfig) -> DictConfig:
+    """A run's configuration, open to changes, with the data that a command asks for.
+
+    Args:
+        saved: from :func:`saved_config`.
+        data: the command's ``data``: a whole data set takes the place of the run's; of
+            ``data=from_checkpoint`` the keys that are set change the run's own.
+    """
+    run = saved.copy()
+    OmegaConf.set_struct(run, False)
+    if "_target_" in data:
+        run.data = OmegaConf.create(OmegaConf.to_container(data, resolve=True))
+    else:
+        for key, value in data.items():
+            if value is not None:
+                run.data[key] = value
+    return run
+
+
 def saved_classes(checkpoint: dict[str, Any], path: str | Path) -> tuple[str, ...]:
     """Foreground class names of a checkpoint, in label order.
 

@@ -20,7 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from wsss.build import build_data
 from wsss.callbacks.pictures import PictureLogger
-from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.checkpoints import (
+    find_checkpoint,
+    read_checkpoint,
+    restore_method,
+    saved_config,
+    with_data,
+)
 from wsss.cli import hydra_command, nearest, quiet_libraries
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import UserError
@@ -239,14 +245,7 @@ def open_data(run: DictConfig, originals: bool) -> WSSSDataModule:
 
 def merge(saved: DictConfig, cfg: DictConfig) -> DictConfig:
     """The training run's configuration with what the command changes."""
-    run = saved.copy()
-    OmegaConf.set_struct(run, False)
-    if "_target_" in cfg.data:
-        run.data = OmegaConf.create(OmegaConf.to_container(cfg.data, resolve=True))
-    else:
-        for key, value in cfg.data.items():
-            if value is not None:
-                run.data[key] = value
+    run = with_data(saved, cfg.data)
     if cfg.split is not None:
         run.data.val_split = cfg.split
     for key in ("eval_scales", "cam_scales", "cpl_threshold"):

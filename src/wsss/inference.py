@@ -33,7 +33,7 @@ class Inference:
     Attributes:
         classes: C foreground class names; class i has label i + 1.
         size: side of the square that the run's evaluation resizes images to.
-        has_segmentation, has_cam: what the method trains.
+        has_segmentation, has_cam, has_early_cam: what the method trains.
 
     Raises:
         UserError: no such network, device or precision.
@@ -63,6 +63,7 @@ class Inference:
         self.classes = method.classes
         self.has_segmentation = method.evaluates_segmentation
         self.has_cam = method.evaluates_cam
+        self.has_early_cam = method.evaluates_early_cam
         self.size = int(method.run_config["data"]["eval_size"])
 
     @classmethod

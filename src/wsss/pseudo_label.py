@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -25,7 +25,13 @@ from torch import Tensor
 
 from wsss import __version__
 from wsss.build import build_layout
-from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.checkpoints import (
+    find_checkpoint,
+    read_checkpoint,
+    restore_method,
+    saved_config,
+    with_data,
+)
 from wsss.cli import hydra_command, quiet_libraries
 from wsss.data.images import DatasetError, count, encode_mask, summary
 from wsss.data.layout import Split
@@ -151,14 +157,7 @@ def pseudo_label(cfg: DictConfig) -> Labelled:
 
 def merge(saved: DictConfig, cfg: DictConfig) -> DictConfig:
     """The training run's configuration with what the command changes."""
-    run = saved.copy()
-    OmegaConf.set_struct(run, False)
-    if "_target_" in cfg.data:
-        run.data = OmegaConf.create(OmegaConf.to_container(cfg.data, resolve=True))
-    else:
-        for key, value in cfg.data.items():
-            if value is not None:
-                run.data[key] = value
+    run = with_data(saved, cfg.data)
     run.data.on_error = run.data.get("on_error") or "raise"
     run.data.min_side = run.data.get("min_side") or 1
     if cfg.precision is not None:

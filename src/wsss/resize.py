@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -76,3 +77,10 @@ def resize_after(
     y = torch.lerp(y[..., 0], y[..., 1], column_weight.to(y))
     y = y.unflatten(-2, (height, 2))
     return torch.lerp(y[..., 0, :], y[..., 1, :], row_weight.to(y)[:, None])
+
+
+def valid_on_grid(valid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Which cells of a grid lie on the image: (B, H, W) bool to (B, h, w), by nearest pixel."""
+    if valid.shape[-2:] == size:
+        return valid
+    return F.interpolate(valid[:, None].float(), size=size, mode="nearest")[:, 0] > 0

@@ -81,8 +81,10 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
         write_environment(output_dir / "environment.json", about, finished=True)
     if not cfg.evaluate:
         return {}
+    for scores in method.scores.values():
+        scores.boundary = cfg.boundary  # at the end alone: it takes longer than the rest
     trainer.validate(method, datamodule=data, verbose=False)
-    scores = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+    found = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
     if trainer.is_global_zero:
         keep_best(output_dir / "checkpoints", trainer, method.monitor)
         write_scores(output_dir / "scores.json", method)
@@ -91,13 +93,13 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
             print_scores(method)
         else:
             name = f"{method.network_names[0]}/cls/map"
-            value = f"{100 * scores[name]:.2f} %" if name in scores else "-"
+            value = f"{100 * found[name]:.2f} %" if name in found else "-"
             print(
                 f"Split '{data.val_split}' has no masks, so only the image labels were scored "
                 f"({name} {value}) and best.ckpt is last.ckpt; look at the pictures."
             )
         print(f"Run folder: {output_dir}")
-    return {k: v for k, v in scores.items() if k.split("/")[0] in method.network_names}
+    return {k: v for k, v in found.items() if k.split("/")[0] in method.network_names}
 
 
 def apply_variant(cfg: DictConfig) -> DictConfig:

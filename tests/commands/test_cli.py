@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.commands.conftest import Run, compose
 from wsss.build import build_method, build_network, method_class
@@ -16,16 +17,13 @@ EXPERIMENTS = sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml"
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_instantiates(name: str) -> None:
     # The encoder is cut to one block: what counts is that keys and constructors agree.
-    cfg = compose(
-        "train",
-        [
-            f"experiment={name}",
-            "data.root=/data",
-            "backbone.pretrained=false",
-            "backbone.early_block=-1",
-            "+backbone.options.depth=1" if "shapes" not in name else "backbone.options.depth=1",
-        ],
-    )
+    cfg = compose("train", [f"experiment={name}", "data.root=/data", "backbone.pretrained=false"])
+    OmegaConf.set_struct(cfg, False)
+    if cfg.backbone.name == "resnet38d":
+        cfg.backbone.options.width = 0.05
+    elif "vit" in cfg.backbone.name or "deit" in cfg.backbone.name:
+        cfg.backbone.options.depth = 1
+        cfg.backbone.early_block = -1
     network = build_network(cfg, 3)
     method = build_method(cfg, network, ("a", "b", "c"))
     assert isinstance(method, method_class(cfg))

@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.commands.conftest import TINY, Run, compose
 from wsss.data.shapes import generate
@@ -52,6 +54,34 @@ def test_acdc_is_scored_by_patient(run: Run, tmp_path: Path) -> None:
     mean = content["means"]["an/cpl/miou_ms_flip"]["group_dice"]
     assert mean == pytest.approx(sum(present) / len(present), abs=0.01)
     assert mean > 0
+
+
+def test_one_class_through_every_command(run: Run, tmp_path: Path) -> None:
+    """One class: torchmetrics and numpy turn tables of one row into scalars."""
+    overrides = tree(tmp_path / "data", "folder")
+    (tmp_path / "data/shapes.json").unlink()
+    rows = (tmp_path / "data/labels.csv").read_text().splitlines()
+    name = (tmp_path / "data/classes.txt").read_text().splitlines()[0]
+    (tmp_path / "data/classes.txt").write_text(f"{name}\n")
+    here = [row.split(",")[0] + "," + (name if name in row else "") for row in rows[1:]]
+    (tmp_path / "data/labels.csv").write_text("\n".join(["image,labels", *here]) + "\n")
+    for path in (tmp_path / "data/masks").rglob("*.png"):
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == 255, 255, mask == 1).astype(np.uint8)).save(path)
+    out = tmp_path / "run"
+    overrides = ["experiment=cosa_shapes", "data=folder", *overrides[2:]]  # no ~data.generate
+    run("train", *overrides, f"output_dir={out}", "data.val_split=val")
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["classes"] == ["background", name]
+    assert 0 < scores["scores"]["an/cls/map"] <= 100
+    run("evaluate", f"checkpoint={out}", "boundary=true", f"output_dir={tmp_path / 'e'}")
+    written = json.loads((tmp_path / "e/scores.json").read_text())["scores"]
+    shared = {key: value for key, value in written.items() if key in scores["scores"]}
+    assert shared == pytest.approx(scores["scores"], abs=0.011)
+    run("pseudo_label", f"checkpoint={out}", "labels=both", "cam=true")
+    run("predict", f"checkpoint={out}", f"input={tmp_path / 'data/images'}", "output_dir=p")
+    run("analyse", f"checkpoint={out}")
+    run("report", f"run={out}")
 
 
 def test_a_folder_without_masks_trains_and_draws(run: Run, tmp_path: Path) -> None:

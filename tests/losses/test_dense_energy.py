@@ -407,7 +407,7 @@ def test_products_are_taken_in_full_precision() -> None:
             case.loss()
         assert watch.precision == {"ieee"}
         assert _precisions() == settings
-        with pytest.raises(KeyError), module._full_precision(torch.device("cpu")):
+        with pytest.raises(KeyError), module.full_precision(torch.device("cpu")):
             raise KeyError
         assert _precisions() == settings
     finally:

@@ -51,7 +51,7 @@ def total(method: CoSA, terms: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_all_terms_and_gradients() -> None:
     method = make()
-    terms = method.losses(batch())
+    terms = method.step(batch()).terms
     assert set(terms) == {"cls", "cls_early", "c2s", "c2s_early", "s2c", "csc"}
     total(method, terms).backward()
     assert all(p.grad is not None for p in method.network.parameters())
@@ -67,7 +67,7 @@ def test_all_terms_and_gradients() -> None:
 def test_label_edge_cases_are_finite(labels: list[list[int]], precision: str) -> None:
     method = make()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss = total(method, method.losses(batch(labels=labels)))
+        loss = total(method, method.step(batch(labels=labels)).terms)
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in method.network.parameters())
@@ -77,7 +77,7 @@ def test_nothing_valid_is_finite() -> None:
     method = make()
     b = batch()
     b.valid[:] = False
-    loss = total(method, method.losses(b))
+    loss = total(method, method.step(b).terms)
     loss.backward()
     assert loss.isfinite()
 
@@ -85,7 +85,7 @@ def test_nothing_valid_is_finite() -> None:
 @pytest.mark.parametrize("threshold", ["otsu", "gmm", "gmm_full", "min_error", 0.45])
 def test_every_threshold(threshold: str | float) -> None:
     method = make(threshold=threshold)
-    assert total(method, method.losses(batch())).isfinite()
+    assert total(method, method.step(batch()).terms).isfinite()
     if isinstance(threshold, float):
         assert float(method.threshold.value) == pytest.approx(threshold)  # type: ignore[arg-type]
 
@@ -101,21 +101,21 @@ class TestWarmUp:
             ("decoder", method.network.decoder),
         ):
             module.register_forward_hook(lambda *_, n=name: ran.append(n))
-        method.losses(batch())
+        method.step(batch())
         assert ran == []
 
     def test_queue_is_filled_towards_the_end(self) -> None:
         counts = {}
         for step in (3, 4, 5):
             method = make(step=step, threshold_fill_steps=2)
-            method.losses(batch())
+            method.step(batch())
             counts[step] = int(method.threshold.count)  # type: ignore[arg-type]
         assert counts == {3: 0, 4: 1, 5: 1}
 
     def test_decoder_has_zero_gradients(self) -> None:
         # As in the published code, whose other terms are multiplied by 0: AdamW counts the step.
         method = make(step=0)
-        total(method, method.losses(batch())).backward()
+        total(method, method.step(batch()).terms).backward()
         for parameter in method.network.decoder.parameters():
             assert parameter.grad is not None
             assert not parameter.grad.any()
@@ -146,7 +146,7 @@ def test_parts_switch_off() -> None:
 @pytest.mark.parametrize("detach", ["none", "feature", "classifier", "both"])
 def test_detach_keeps_seg2cam_out(detach: str) -> None:
     method = make(detach=detach)
-    terms = method.losses(batch())
+    terms = method.step(batch()).terms
     if not terms["s2c"].requires_grad:
         assert detach == "both"
         return

@@ -33,7 +33,7 @@ RELEASE: dict[str, Any] = {
 @pytest.mark.parametrize("threshold", [[0.25, 0.7], "gmm3"], ids=str)
 def test_release_terms_and_gradients(threshold: object) -> None:
     method = make(**RELEASE | {"threshold": threshold})
-    terms = method.losses(batch())
+    terms = method.step(batch()).terms
     assert set(terms) == {"cls", "cls_early", "c2s", "c2s_early", "s2c", "energy"}
     total(method, terms).backward()
     without = [name for name, p in method.network.named_parameters() if p.grad is None]
@@ -116,7 +116,7 @@ class TestGuidance:
     def test_none_leaves_the_term_out(self) -> None:
         assert self.target("none") is None
         method = make(guidance="none")
-        assert set(method.losses(batch())) == {"cls", "cls_early", "c2s", "c2s_early", "csc"}
+        assert set(method.step(batch()).terms) == {"cls", "cls_early", "c2s", "c2s_early", "csc"}
 
     def test_truth(self) -> None:
         mask = torch.zeros(2, 48, 64, dtype=torch.int64)
@@ -153,7 +153,7 @@ class TestGuidance:
         method = make(guidance=source, oracle=True)
         b = replace(batch(), mask=torch.zeros(2, 48, 64, dtype=torch.int64))
         name = f"s2c_{source}"
-        assert name in method.losses(b)
+        assert name in method.step(b).terms
         assert method.loss_weights()[name] == method.s2c_weight
 
     def test_the_target_is_what_the_loss_learns_from(self) -> None:
@@ -178,7 +178,7 @@ def test_only_methods_that_learn_from_masks_ask_for_them() -> None:
 def test_csc_that_does_not_count_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     method = make(csc_weight=0.0)
     monkeypatch.setattr(method, "_contrastive_separation", _fail)
-    assert "csc" not in method.losses(batch())
+    assert "csc" not in method.step(batch()).terms
 
 
 def _fail(*_: object) -> None:
@@ -204,14 +204,14 @@ def test_what_does_not_go_together(options: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize("labels", [[[0, 0, 0], [0, 0, 0]], [[1, 1, 1], [1, 1, 1]]], ids=str)
 def test_release_edge_cases_are_finite(labels: list[list[int]]) -> None:
     method = make(**RELEASE)
-    terms = method.losses(batch(labels=labels))
+    terms = method.step(batch(labels=labels)).terms
     total(method, terms).backward()
     assert all(bool(term.isfinite()) for term in terms.values())
 
 
 def test_nothing_valid_is_finite() -> None:
     method, b = make(**RELEASE), batch()
-    terms = method.losses(replace(b, valid=torch.zeros_like(b.valid)))
+    terms = method.step(replace(b, valid=torch.zeros_like(b.valid))).terms
     assert all(bool(term.isfinite()) for term in terms.values())
 
 

@@ -126,7 +126,6 @@ def test_bf16() -> None:
     ("arguments", "message"),
     [
         (("vit_tiny_patch16_24", 5), "Nearest: vit_tiny_patch16_224"),
-        (("resnet18", 5), "does not take|patch-based"),
     ],
 )
 def test_unfit_backbones(arguments: tuple[str, int], message: str) -> None:

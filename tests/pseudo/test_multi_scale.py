@@ -229,3 +229,18 @@ def test_wrong_options_are_refused(wrong: dict[str, object]) -> None:
     options: dict[str, object] = {"scales": (1.0,), **wrong}
     with pytest.raises(ValueError, match=next(iter(wrong))):
         multi_scale(PatchNetwork(), _images(8, 12), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fuse", ["max", "sum"])
+def test_a_refined_cam_takes_the_place_of_the_cam_alone(fuse: str) -> None:
+    network, images = PatchNetwork(), _images(8, 12)
+
+    def refining(images: Tensor, decode: bool = True) -> SimpleNamespace:
+        output = network(images, decode)
+        output.refined_cam, output.cam = output.cam, torch.full_like(output.cam, torch.nan)
+        return output
+
+    _compare(
+        multi_scale(refining, images, (1.0, 0.5), fuse=fuse),
+        oracle.multi_scale(network, images, (1.0, 0.5), fuse=fuse),
+    )

@@ -94,7 +94,7 @@ def test_report_of_several_runs_writes_tables_one_picture_and_a_page(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = ",".join(str(runs / name) for name in ("cosa", "cam", "supervised"))
-    cfg = compose("report", f"runs=[{folders}]", f"output={tmp_path}", "pictures=2")
+    cfg = compose("report", f"runs=[{folders}]", f"output_dir={tmp_path}", "pictures=2")
     written = report(cfg)
     assert [p.name for p in written] == ["table.md", "table.csv", "pictures.png", "report.html"]
     printed = capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_report_of_several_runs_writes_tables_one_picture_and_a_page(
 
 def test_run_is_runs_of_one(runs: Path, tmp_path: Path) -> None:
     for i, option in enumerate((f"run={runs / 'cam'}", f"runs=[{runs / 'cam'}]")):
-        report(compose("report", option, f"output={tmp_path / str(i)}", "pictures=0"))
+        report(compose("report", option, f"output_dir={tmp_path / str(i)}", "pictures=0"))
     for name in ("table.md", "table.csv", "report.html"):
         one, other = ((tmp_path / i / name).read_text() for i in "01")
         assert one.split("Written ")[0] == other.split("Written ")[0]
@@ -142,7 +142,7 @@ def test_worst_and_best_images_are_drawn(runs: Path, tmp_path: Path) -> None:
     (folder / "images.csv").write_text(
         "name,on/seg/miou_ms_flip\n" + "".join(f"{n},{v}\n" for n, v in rows)
     )
-    cfg = compose("report", f"run={folder}", f"output={tmp_path / 'out'}", "pictures=2")
+    cfg = compose("report", f"run={folder}", f"output_dir={tmp_path / 'out'}", "pictures=2")
     page = Page(report(cfg)[-1].read_text())
     words = page.words("Images")
     assert f"{names[2]}: " in words
@@ -166,7 +166,7 @@ def test_own_images_come_from_the_run_s_own_data(runs: Path, tmp_path: Path) -> 
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     name = (tmp_path / "other" / "ImageSets" / "Segmentation" / "val.txt").read_text().split()[0]
     (folder / "images.csv").write_text(f"name,on/seg/miou_ms_flip\n{name},1\n")
-    cfg = compose("report", f"runs=[{runs / 'cam'},{folder}]", f"output={tmp_path / 'o'}")
+    cfg = compose("report", f"runs=[{runs / 'cam'},{folder}]", f"output_dir={tmp_path / 'o'}")
     cfg.pictures = 1
     drawing = draw(cfg)
     assert drawing.protocols == [None, "on/seg/miou_ms_flip"]
@@ -184,7 +184,7 @@ def test_own_images_come_from_the_run_s_own_data(runs: Path, tmp_path: Path) -> 
 
 def test_missing_checkpoint_is_told_before_anything_is_written(runs: Path, tmp_path: Path) -> None:
     run_folder = copy_run(runs / "cam", tmp_path / "run", checkpoint=False)
-    arguments = (f"runs=[{run_folder}]", f"output={tmp_path / 'out'}")
+    arguments = (f"runs=[{run_folder}]", f"output_dir={tmp_path / 'out'}")
     with pytest.raises(UserError, match=r"last.ckpt.*pictures=0"):
         report(compose("report", *arguments))
     assert not (tmp_path / "out").exists()
@@ -201,7 +201,7 @@ def test_moved_data_and_scores_of_other_weights(
     torch.save(checkpoint, run_folder / "checkpoints" / "last.ckpt")
     content = json.loads((runs / "cam" / "scores.json").read_text())
     (run_folder / "scores.json").write_text(json.dumps({**content, "step": 12}))
-    arguments = (f"runs=[{run_folder}]", f"output={tmp_path / 'out'}", "pictures=1")
+    arguments = (f"runs=[{run_folder}]", f"output_dir={tmp_path / 'out'}", "pictures=1")
     with pytest.raises(UserError, match=r"gone.*data_root=.*pictures=0"):
         report(compose("report", *arguments))
 
@@ -223,7 +223,9 @@ def test_unfinished_runs_of_a_sweep_are_named_everywhere(
     copy_run(runs / "cam", tmp_path / "sweep" / "0", checkpoint=False)
     going = copy_run(runs / "cam", tmp_path / "sweep" / "1", checkpoint=False)
     (going / "scores.json").unlink()
-    cfg = compose("report", f"run={tmp_path}/sweep/*", f"output={tmp_path / 'out'}", "pictures=0")
+    cfg = compose(
+        "report", f"run={tmp_path}/sweep/*", f"output_dir={tmp_path / 'out'}", "pictures=0"
+    )
     table, _, page = report(cfg)
     said = f"1 of 2 runs not finished (no scores.json), left out: {going}"
     assert said in capsys.readouterr().out

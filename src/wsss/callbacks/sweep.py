@@ -24,7 +24,7 @@ class SweepTable(Callback):
         settings = {
             "run": None,
             "runs": [f"{folder}/*"],
-            "output": str(folder / "report"),
+            "output_dir": str(folder / "report"),
             "pictures": 0,
             "titles": None,
             "data_root": None,

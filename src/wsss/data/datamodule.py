@@ -6,6 +6,7 @@ any number of workers and ranks, any accumulation, and any restart give the same
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -165,7 +166,7 @@ class WSSSDataModule(lightning.LightningDataModule):
         train_split, val_split: splits of the data set.
         batch_size: the **global** batch: samples of one optimizer step over all ranks and
             accumulated micro-batches.
-        num_workers: loader processes of each rank.
+        num_workers: loader processes of each rank, at most one for each processor.
         seed: decides image order and augmentation.
         eval_size: side S of the square that evaluation images are resized to.
         eval_batch_size: evaluation images of one forward pass on one rank.
@@ -360,9 +361,11 @@ class WSSSDataModule(lightning.LightningDataModule):
         return batch
 
     def _loader_options(self) -> dict[str, Any]:
+        # More workers than processors only slow each other down; the order does not depend on them.
+        workers = min(self.num_workers, len(os.sched_getaffinity(0)))
         return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
             "worker_init_fn": _single_thread,
         }

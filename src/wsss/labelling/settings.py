@@ -88,6 +88,11 @@ def choose_kinds(cfg: DictConfig, inference: Inference) -> list[str]:
             f"labels={cfg.labels}, cam={cfg.cam}: this checkpoint's method, {name}, trains no "
             "CAMs: use labels=spl cam=false."
         )
+    if not inference.has_early_cam and cfg.source != "cam":
+        raise UserError(
+            f"source={cfg.source}: this checkpoint's method, {name}, trains no early CAM: use "
+            "source=cam."
+        )
     if not inference.has_segmentation and "spl" in kinds:
         raise UserError(
             f"labels={cfg.labels}: this checkpoint's method, {name}, trains no segmentation: use "

@@ -4,6 +4,8 @@ from wsss.losses.cam2seg import cam2seg_loss
 from wsss.losses.classification import classification_loss
 from wsss.losses.contrastive_separation import contrastive_separation_loss
 from wsss.losses.dense_energy import dense_energy_loss
+from wsss.losses.feature_similarity import feature_similarity_loss
+from wsss.losses.importance_sampling import importance_sampling_loss
 from wsss.losses.seg2cam import seg2cam_loss
 
 __all__ = [
@@ -11,5 +13,7 @@ __all__ = [
     "classification_loss",
     "contrastive_separation_loss",
     "dense_energy_loss",
+    "feature_similarity_loss",
+    "importance_sampling_loss",
     "seg2cam_loss",
 ]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wsss.losses.precision import full_precision
 from wsss.pseudo.labels import IGNORE_INDEX
 from wsss.resize import resize_small
 
@@ -88,7 +87,7 @@ def dense_energy_loss(
     label = _nearest(label, height, width)
     valid = _nearest(valid, height, width)
     segmentation = segmentation.masked_fill(~valid[:, None], 0)
-    with torch.no_grad(), _full_precision(segmentation.device):
+    with torch.no_grad(), full_precision(segmentation.device):
         colours = _nearest(images, height, width).to(segmentation.dtype)
         gate = (1 - segmentation.amax(1)).clamp(min=0)
         gate = gate.masked_fill(label == IGNORE_INDEX, 1).masked_fill(~valid, 0)
@@ -204,21 +203,6 @@ def _nearest(image: Tensor, height: int, width: int) -> Tensor:
     rows = torch.arange(height, device=image.device) * image.shape[-2] // height
     columns = torch.arange(width, device=image.device) * image.shape[-1] // width
     return image[..., rows[:, None], columns]
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32 or bfloat16 in products: they would change distances by several %."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def _check(

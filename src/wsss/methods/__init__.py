@@ -2,6 +2,9 @@
 
 from wsss.methods.cam import CAM
 from wsss.methods.cosa import CoSA
+from wsss.methods.mctformer import MCTformer
+from wsss.methods.seam import SEAM
+from wsss.methods.spatial_bce import SpatialBCE
 from wsss.methods.supervised import Supervised
 
-__all__ = ["CAM", "CoSA", "Supervised"]
+__all__ = ["CAM", "SEAM", "CoSA", "MCTformer", "SpatialBCE", "Supervised"]

@@ -10,18 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from wsss import __version__
+from wsss.addons import AddOn, Step, View
 from wsss.data.batch import Batch, EvalBatch
 from wsss.distributed import mean_over_ranks
 from wsss.errors import UserError
+from wsss.losses import classification_loss
+from wsss.methods.optimizer import OPTIMIZERS, make_optimizer
 from wsss.methods.schedule import warmup_poly
 from wsss.metrics.protocols import ProtocolScores
-from wsss.nn import WSSSNetwork
+from wsss.nn import NetworkOutput, WSSSNetwork
 
 CHECKPOINT_KEY = "wsss"
 #: raised when an older version could not read what a newer one writes
 CHECKPOINT_FORMAT = 1
 #: steps between two looks at the losses on an accelerator, where a look holds the step up
 FINITE_CHECK_EVERY = 50
+#: factor of add-ons that name none, as published with these optimizers
+ADDON_SCALE = {"adamw": 0.1, "sgd": 1.0}
 
 
 class Method(L.LightningModule):
@@ -31,15 +36,23 @@ class Method(L.LightningModule):
         network: the trained ("online") network.
         classes: foreground class names, in label order.
         lr: learning rate of the encoder; heads and decoder use ``head_lr_factor`` times it.
-        weight_decay: of AdamW, on all parameters.
+        weight_decay: of AdamW on all parameters, of SGD on all but biases.
         head_lr_factor: factor for classifiers and decoder.
+        optimizer: ``adamw`` or ``sgd``, see :func:`~wsss.methods.optimizer.make_optimizer`.
         betas: of AdamW.
+        sgd_momentum: of SGD.
         warmup_steps: learning-rate warm-up, in optimizer steps.
         warmup_ratio: factor at step 0.
         power: of the polynomial decay.
         eval_scales: scales of the segmentation logits at evaluation, with flips.
         cam_scales: scales of the CAMs at evaluation (and of CoSA's assignment network).
         cpl_threshold: background threshold at which CAM pseudo-labels are scored.
+        pooling: of features to image logits: ``gmp`` (maximum) or ``gap`` (mean).
+        addons: losses on top of the method's own, by name.
+
+    Raises:
+        UserError: classes that are not the network's, an unknown optimizer or pooling, an add-on
+            on a CAM that the method does not train.
     """
 
     #: names of :meth:`networks`, which prefix their scores; the first is the one to deploy
@@ -48,6 +61,9 @@ class Method(L.LightningModule):
     monitor = "on/seg/miou_ms_flip"
     evaluates_segmentation = True
     evaluates_cam = True
+    evaluates_early_cam = True
+    #: what builds its network from a backbone's settings
+    network_class: type[WSSSNetwork] = WSSSNetwork
 
     def __init__(
         self,
@@ -63,14 +79,27 @@ class Method(L.LightningModule):
         eval_scales: Sequence[float] = (1.0, 0.5, 1.5, 0.75, 1.25),
         cam_scales: Sequence[float] = (1.0, 0.5, 1.5),
         cpl_threshold: float = 0.5,
+        pooling: str = "gmp",
+        optimizer: str = "adamw",
+        sgd_momentum: float = 0.9,
+        addons: Mapping[str, AddOn] | None = None,
     ) -> None:
         super().__init__()
         if len(classes) != network.num_classes:
             raise UserError(
                 f"The network has {network.num_classes} classes, the data set {len(classes)}."
             )
+        network.set_pooling(pooling)
         self.network = network
         self.classes = tuple(classes)
+        self.addons = nn.ModuleDict(dict(addons or {}))
+        self._check_addons()
+        if optimizer not in OPTIMIZERS:
+            raise UserError(
+                f"method.optimizer='{optimizer}': choose one of {', '.join(OPTIMIZERS)}."
+            )
+        self.optimizer = optimizer
+        self.sgd_momentum = sgd_momentum
         self.lr = lr
         self.weight_decay = weight_decay
         self.head_lr_factor = head_lr_factor
@@ -89,6 +118,7 @@ class Method(L.LightningModule):
                     cpl_threshold,
                     segmentation=self.evaluates_segmentation,
                     cam=self.evaluates_cam,
+                    early_cam=self.evaluates_early_cam,
                 )
                 for name in self.network_names
             }
@@ -112,8 +142,8 @@ class Method(L.LightningModule):
         """
         return False
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Named loss terms of one micro-batch, before weighting."""
+    def step(self, batch: Batch) -> Step:
+        """Named loss terms of one micro-batch, before weighting, and what add-ons may act on."""
         raise NotImplementedError
 
     def loss_weights(self) -> Mapping[str, float]:
@@ -126,9 +156,41 @@ class Method(L.LightningModule):
 
     # --- training --------------------------------------------------------------------------
 
+    def classification(self, output: NetworkOutput, batch: Batch) -> dict[str, Tensor]:
+        """The classification terms of final and early features (CoSA, eq. 1)."""
+        terms = {"cls": classification_loss(output.class_logits, batch.labels)}
+        if self.evaluates_early_cam:
+            terms["cls_early"] = classification_loss(output.early_class_logits, batch.labels)
+        return terms
+
+    def views(self, output: NetworkOutput, batch: Batch) -> tuple[View, ...]:
+        """What add-ons may act on: the CAMs whose terms :meth:`classification` gives."""
+        # The weak view has the colours of the image; the strong one may be solarised.
+        about = (batch.weak, batch.labels, batch.valid)
+        views = [View("cam", "cls", output.cam, *about)]
+        if self.evaluates_early_cam:
+            views.append(View("early_cam", "cls_early", output.early_cam, *about))
+        return tuple(views)
+
+    def _check_addons(self) -> None:
+        for name, addon in self.addons.items():
+            for cam in addon.cams:  # type: ignore[union-attr]
+                if self.evaluates_cam and (cam == "cam" or self.evaluates_early_cam):
+                    continue
+                which = "early CAM" if self.evaluates_cam else "CAM"
+                raise UserError(
+                    f"addon.{name} acts on '{cam}', but method={type(self).__name__.lower()} "
+                    f"trains no {which}: leave it out or change addon.{name}.cams."
+                )
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        weights = self.loss_weights()
-        terms = self.losses(batch)
+        own_weights = self.loss_weights()
+        weights = dict(own_weights)
+        step = self.step(batch)
+        terms = dict(step.terms)
+        for addon in self.addons.values():
+            scale = ADDON_SCALE[self.optimizer]
+            addon.add_to(step, terms, weights, own_weights, scale)  # type: ignore[operator]
         total = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         self._check_finite(terms)
         for name, term in terms.items():
@@ -167,17 +229,14 @@ class Method(L.LightningModule):
         torch.manual_seed(((seed * 1_000_003 + batch_idx) * 1009 + self.global_rank) % 2**63)
 
     def configure_optimizers(self) -> Any:
-        heads = {id(p) for p in self.network.head_parameters()}
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if id(p) not in heads], "lr": self.lr},
-            {
-                "params": [p for p in trained if id(p) in heads],
-                "lr": self.lr * self.head_lr_factor,
-            },
-        ]
-        optimizer = torch.optim.AdamW(
-            groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
+        optimizer = make_optimizer(
+            self.network,
+            self.optimizer,
+            self.lr,
+            self.head_lr_factor,
+            self.weight_decay,
+            self.betas,
+            self.sgd_momentum,
         )
         total = self.trainer.max_steps
 

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from wsss.addons import Step
 from wsss.callbacks.ema import AssignmentEMA
 from wsss.data.batch import Batch
 from wsss.errors import UserError
 from wsss.losses import (
     cam2seg_loss,
-    classification_loss,
     contrastive_separation_loss,
     dense_energy_loss,
     seg2cam_loss,
@@ -40,7 +40,7 @@ from wsss.pseudo import (
 )
 from wsss.pseudo.labels import IGNORE_INDEX
 from wsss.pseudo.multi_scale import FUSE_MODES
-from wsss.resize import resize_after
+from wsss.resize import resize_after, valid_on_grid
 
 
 class Confidences(NamedTuple):
@@ -257,16 +257,18 @@ class CoSA(Method):
         """Name of the guidance term: an oracle's stands in every log."""
         return f"s2c_{self.guidance}" if self.guidance in ORACLES else "s2c"
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def step(self, batch: Batch) -> Step:
         step = self.trainer.global_step
         if step < self.loss_warmup_steps:
             if step >= self.loss_warmup_steps - self.threshold_fill_steps:
                 self.update_thresholds(self.assign(batch, decode=False), batch.valid)
-            return self._warmup_losses(batch)
+            output = self.network(batch.strong, decode=False)
+            return Step(self._warmup_losses(output, batch), self.views(output, batch))
 
         assigned = self.assign(batch)
         pseudo = self.label(assigned, self.update_thresholds(assigned, batch.valid), batch)
-        return self.co_training(self.network(batch.strong), pseudo, batch)
+        output = self.network(batch.strong)
+        return Step(self.co_training(output, pseudo, batch), self.views(output, batch))
 
     def co_training(
         self, output: NetworkOutput, pseudo: PseudoLabels, batch: Batch
@@ -278,9 +280,7 @@ class CoSA(Method):
         cam = output.cam
         if self.detach != "none":
             cam = self.network.classifier.cam(output.features, self.detach)
-        terms = {
-            "cls": classification_loss(output.class_logits, batch.labels),
-            "cls_early": classification_loss(output.early_class_logits, batch.labels),
+        terms = self.classification(output, batch) | {
             "c2s": cam2seg_loss(log_p, pseudo.cpl, pseudo.weight, self.balanced, True),
             "c2s_early": cam2seg_loss(
                 log_p, pseudo.early_cpl, pseudo.early_weight, self.balanced, True
@@ -304,11 +304,8 @@ class CoSA(Method):
             )
         return terms
 
-    def _warmup_losses(self, batch: Batch) -> dict[str, Tensor]:
-        output = self.network(batch.strong, decode=False)
-        return {
-            "cls": classification_loss(output.class_logits, batch.labels),
-            "cls_early": classification_loss(output.early_class_logits, batch.labels),
+    def _warmup_losses(self, output: NetworkOutput, batch: Batch) -> dict[str, Tensor]:
+        return self.classification(output, batch) | {
             # The published code multiplies the other terms by 0, so the decoder has zero
             # gradients (not none) and AdamW counts its steps. Same here, without running it.
             "c2s": torch.stack([p.sum() for p in self.network.decoder.parameters()]).sum() * 0.0,
@@ -401,8 +398,7 @@ class CoSA(Method):
         """Eq. 10 on the token grid, where the early CAM's labels and perplexity are taken."""
         grid = (cam.shape[-2], cam.shape[-1])
         early = F.interpolate(pseudo.early_cam, size=grid, mode="bilinear", align_corners=False)
-        valid = F.interpolate(batch.valid[:, None].float(), size=grid, mode="nearest")[:, 0] > 0
-        label = cam_pseudo_label(early, pseudo.early_threshold, valid)
+        label = cam_pseudo_label(early, pseudo.early_threshold, valid_on_grid(batch.valid, grid))
         confidence = perplexity(
             early.amax(1), pseudo.early_threshold, self.raw_alpha, self.raw_beta
         )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
+from wsss.addons import Step
 from wsss.data.batch import Batch
 from wsss.errors import UserError
 from wsss.losses import cam2seg_loss
@@ -34,9 +33,9 @@ class Supervised(Method):
     def wants_masks(cls, settings: Mapping[str, Any]) -> bool:
         return True
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def step(self, batch: Batch) -> Step:
         if batch.mask is None:
             raise UserError("method=supervised needs masks: set data.load_masks=true.")
         seg_logits = self.network(batch.strong).seg_logits
         assert seg_logits is not None
-        return {"seg": cam2seg_loss(seg_logits, batch.mask)}
+        return Step({"seg": cam2seg_loss(seg_logits, batch.mask)})

@@ -44,6 +44,7 @@ class ProtocolScores(nn.Module):
         cpl_threshold: background threshold of the CAM pseudo-labels.
         segmentation: take the segmentation scores.
         cam: take the CAM scores, and those of the image labels.
+        early_cam: also those of the early CAM and of the mean of both.
         ignore_index: mask value that is left out.
 
     Attributes:
@@ -66,6 +67,7 @@ class ProtocolScores(nn.Module):
         segmentation: bool = True,
         cam: bool = True,
         ignore_index: int = 255,
+        early_cam: bool = True,
     ) -> None:
         super().__init__()
         self.scales = tuple(scales)
@@ -73,6 +75,7 @@ class ProtocolScores(nn.Module):
         self.cpl_threshold = cpl_threshold
         self.segmentation = segmentation
         self.cam = cam
+        self.early_cam = early_cam
         self.names = ("background", *classes)
         self.ignore_index = ignore_index
         self.crf: str | None = None
@@ -83,13 +86,17 @@ class ProtocolScores(nn.Module):
         self.register_buffer("_where", torch.empty(0), persistent=False)  # knows the device
         self.reset()
 
+    @property
+    def _cam_protocols(self) -> tuple[str, ...]:
+        return CAM_PROTOCOLS if self.early_cam else CAM_PROTOCOLS[:1]
+
     def reset(self, num_groups: int = 0) -> None:
         """Forget all images; from now on they come in ``num_groups`` groups (patients)."""
         device = self._where.device
         known = (
             *(SEGMENTATION_PROTOCOLS if self.segmentation else ()),
             *(CRF_PROTOCOLS if self.segmentation and self.crf else ()),
-            *(CAM_PROTOCOLS if self.cam else ()),
+            *(self._cam_protocols if self.cam else ()),
         )
         self.protocols = tuple(p for p in known if self.chosen is None or p in self.chosen)
         self._single = any(p.endswith("_ss") for p in self.protocols)
@@ -206,10 +213,12 @@ class ProtocolScores(nn.Module):
         if self._cams:
             channels = present.nonzero().flatten()
             if channels.numel() == 0:
-                return predictions | dict.fromkeys(CAM_PROTOCOLS, torch.zeros_like(mask))
-            cams = [_resize(c[i, channels], mask) for c in (out.cam, out.early_cam)]
-            cams.append((cams[0] + cams[1]) / 2)
-            for name, cam in zip(CAM_PROTOCOLS, cams, strict=True):
+                return predictions | dict.fromkeys(self._cam_protocols, torch.zeros_like(mask))
+            cams = [_resize(out.cam[i, channels], mask)]
+            if self.early_cam:
+                cams.append(_resize(out.early_cam[i, channels], mask))
+                cams.append((cams[0] + cams[1]) / 2)
+            for name, cam in zip(self._cam_protocols, cams, strict=True):
                 predictions[name] = _present_label(cam, channels, self.cpl_threshold)
         return predictions
 

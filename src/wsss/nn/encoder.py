@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,6 +60,7 @@ class ViTEncoder(nn.Module):
         self.early_index = early_block % depth
         self.early_norm = early_norm
         self.dim: int = self.vit.embed_dim
+        self.early_dim = self.dim
         self.patch_size: tuple[int, int] = tuple(self.vit.patch_embed.patch_size)
         self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 1)
         # Normalisation is the backbone's own: ViTs of timm differ (0.5/0.5, ImageNet, CLIP).
@@ -113,12 +115,35 @@ def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
+def require_timm_name(name: str, others: Sequence[str] = ()) -> None:
+    """Check that timm knows a model.
+
+    Args:
+        name: of the model, with or without the tag of its weights.
+        others: names beside timm's to be proposed.
+
+    Raises:
+        UserError: it does not; with the nearest names.
+    """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        near = difflib.get_close_matches(architecture, [*others, *timm.list_models()], n=3)
         hint = f" Nearest: {', '.join(near)}." if near else ""
         raise UserError(f"backbone.name='{name}' is not a timm model.{hint}")
+
+
+def is_plain_vit(model: nn.Module) -> bool:
+    """Whether a timm model has what :class:`ViTEncoder` needs."""
+    return not _missing_parts(model)
+
+
+def _missing_parts(model: nn.Module) -> list[str]:
+    parts = ("blocks", "patch_embed", "forward_intermediates")
+    return [part for part in parts if not hasattr(model, part)]
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
+    require_timm_name(name)
     options = {"dynamic_img_size": True, "dynamic_img_pad": True} | kwargs
     try:
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
@@ -127,11 +152,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
             f"backbone.name='{name}' does not take {sorted(options)} ({error}): "
             "choose a plain ViT (vit_*, deit_*, eva02_*) and options that it has."
         ) from error
-    missing = [
-        part
-        for part in ("blocks", "patch_embed", "forward_intermediates")
-        if not hasattr(vit, part)
-    ]
+    missing = _missing_parts(vit)
     if missing:
         raise UserError(
             f"backbone.name='{name}' has no {', '.join(missing)}: CoSA needs a patch-based Vision "
@@ -213,7 +234,27 @@ def load_backbone_weights(vit: nn.Module, name: str, path: Path) -> None:
 
     if "pos_embed" in state and "pos_embed" in own:
         state = dict(checkpoint_filter_fn(state, cast(Any, vit), interpolation="bicubic"))
-    missing = sorted(set(own) - set(state))
+    load_strictly(vit, state, name, path)
+
+
+def load_strictly(
+    module: nn.Module, state: Mapping[str, Tensor], name: str, path: str | Path
+) -> None:
+    """Load a state dict whose names and shapes must be the module's own.
+
+    BatchNorm's ``num_batches_tracked`` may be missing, for older files have none.
+
+    Args:
+        module: where to.
+        state: what to load; floating-point tensors arrive as fp32.
+        name: of the model, for the message.
+        path: of the file, for the message.
+
+    Raises:
+        UserError: a name is missing or too much, or a shape differs.
+    """
+    own = module.state_dict()
+    missing = sorted(k for k in own if k not in state and not k.endswith(".num_batches_tracked"))
     extra = sorted(set(state) - set(own))
     shapes = [
         f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
@@ -226,7 +267,8 @@ def load_backbone_weights(vit: nn.Module, name: str, path: Path) -> None:
             f"{_some('missing', missing)}{_some('not expected', extra)}{_some('shape', shapes)}"
             "Choose the backbone that the file was made for, or another file."
         )
-    vit.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    module.load_state_dict(own | tensors)
 
 
 def _some(what: str, names: list[str], shown: int = 3) -> str:

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wsss.errors import UserError
 from wsss.nn.decoder import LargeFOV
-from wsss.nn.encoder import ViTEncoder
+from wsss.nn.encoders import make_encoder
+
+POOLINGS = ("gmp", "gap")
 
 
 class NetworkOutput(NamedTuple):
@@ -23,6 +26,8 @@ class NetworkOutput(NamedTuple):
         seg_logits: (B, C + 1, h, w) decoder logits (``S``), background first; None when the
             decoder was not asked for.
         features: (B, D, h, w) final patch features (``F``).
+        refined_cam: (B, C, h, w) non-negative maps that multi-scale inference takes instead of
+            ``cam``; None where a method has none.
     """
 
     class_logits: Tensor
@@ -31,16 +36,19 @@ class NetworkOutput(NamedTuple):
     early_cam: Tensor
     seg_logits: Tensor | None
     features: Tensor
+    refined_cam: Tensor | None = None
 
 
 class Classifier(nn.Module):
     """Bias-free linear classifier on a feature map, read as CAM and as image logits.
 
-    ``M = W F`` and ``Z = W maxpool(F)``: the max is taken over the features, then the layer.
+    ``M = W F`` and ``Z = W pool(F)``: features are pooled first, then comes the layer. With the
+    mean (``gap``) Z is the mean of the CAM as well; with the maximum (``gmp``) it is not.
     """
 
-    def __init__(self, dim: int, num_classes: int) -> None:
+    def __init__(self, dim: int, num_classes: int, pooling: str = "gmp") -> None:
         super().__init__()
+        self.pooling = pooling
         self.weight = nn.Parameter(torch.empty(num_classes, dim))
         self.reset_parameters()
 
@@ -50,7 +58,8 @@ class Classifier(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, C) and CAM logits (B, C, h, w) of features (B, D, h, w)."""
-        class_logits = nn.functional.linear(features.amax(dim=(2, 3)), self.weight)
+        pool = torch.mean if self.pooling == "gap" else torch.amax
+        class_logits = nn.functional.linear(pool(features, dim=(2, 3)), self.weight)
         return class_logits, self.cam(features)
 
     def cam(self, features: Tensor, detach: str = "none") -> Tensor:
@@ -70,14 +79,14 @@ class WSSSNetwork(nn.Module):
     """Encoder, two classifiers and a decoder as one module with one typed output.
 
     Args:
-        backbone: timm name of a patch-based ViT.
+        backbone: timm name of a patch-based ViT or a CNN, or ``resnet38d``.
         num_classes: foreground classes C; the decoder has C + 1 outputs.
-        early_block: block of the early features, see :class:`ViTEncoder`.
+        early_block: block or stage of the early features; None: -3 in a ViT, -2 in a CNN.
         pretrained: hub weights for the encoder.
         weights: local weights file for the encoder.
         decoder: any module (B, D, h, w) -> (B, C + 1, h, w); None builds :class:`LargeFOV`.
-        early_norm: final norm on the early features too, see :class:`ViTEncoder`.
-        **backbone_kwargs: for ``timm.create_model``.
+        early_norm: final norm on the early features too, see :class:`~wsss.nn.ViTEncoder`.
+        **backbone_kwargs: further options of the encoder, see :func:`~wsss.nn.make_encoder`.
 
     Example:
         >>> network = WSSSNetwork("vit_tiny_patch16_224", num_classes=20, depth=4, img_size=64)
@@ -89,7 +98,7 @@ class WSSSNetwork(nn.Module):
         self,
         backbone: str,
         num_classes: int,
-        early_block: int = -3,
+        early_block: int | None = None,
         pretrained: bool = False,
         weights: str | Path | None = None,
         decoder: nn.Module | None = None,
@@ -98,17 +107,17 @@ class WSSSNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.encoder = ViTEncoder(
+        self.encoder = make_encoder(
             backbone, early_block, early_norm, pretrained, weights, **backbone_kwargs
         )
         dim = self.encoder.dim
         self.classifier = Classifier(dim, num_classes)
-        self.early_classifier = Classifier(dim, num_classes)
+        self.early_classifier = Classifier(self.encoder.early_dim, num_classes)
         self.decoder = LargeFOV(dim, num_classes + 1) if decoder is None else decoder
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        """Height and width of a patch, in pixels."""
+        """Height and width of a cell of the grid, in pixels."""
         return self.encoder.patch_size
 
     def forward(self, images: Tensor, decode: bool = True) -> NetworkOutput:
@@ -123,6 +132,16 @@ class WSSSNetwork(nn.Module):
         early_class_logits, early_cam = self.early_classifier(early)
         seg_logits = self.decoder(features) if decode else None
         return NetworkOutput(class_logits, early_class_logits, cam, early_cam, seg_logits, features)
+
+    def set_pooling(self, pooling: str) -> None:
+        """How image logits pool the features: ``gmp``, the maximum, or ``gap``, the mean.
+
+        Raises:
+            UserError: another one.
+        """
+        if pooling not in POOLINGS:
+            raise UserError(f"method.pooling='{pooling}': choose one of {', '.join(POOLINGS)}.")
+        self.classifier.pooling = self.early_classifier.pooling = pooling
 
     def reset_heads(self) -> None:
         """Draw new weights for classifiers and decoder; a given decoder that cannot stays."""

@@ -71,7 +71,8 @@ def multi_scale(
     upsampling; with ``labels`` only the channels of present classes are upsampled at all.
 
     Args:
-        network: called with images (and ``decode=False`` when the decoder is not needed).
+        network: called with images (and ``decode=False`` when the decoder is not needed); of an
+            output with a ``refined_cam`` that is taken instead of ``cam``.
         images: (B, 3, H, W) RGB in [0, 1].
         scales: factors of the input size, each rounded to whole pixels, for the segmentation and,
             unless ``cam_scales`` says otherwise, the CAMs.
@@ -118,7 +119,9 @@ def multi_scale(
             class_logits = output.class_logits[:batch]
             single = None if output.seg_logits is None else output.seg_logits[:batch]
         if scale in cam_scales:
-            for i, cam in enumerate((output.cam, output.early_cam)):
+            refined = getattr(output, "refined_cam", None)
+            final = output.cam if refined is None else refined
+            for i, cam in enumerate((final, output.early_cam)):
                 if i == 1 and scale not in early_scales:
                     continue
                 fused = _upsampled_cam(cam, batch, size, present)

@@ -43,7 +43,7 @@ def report(cfg: DictConfig) -> list[Path]:
     quiet_libraries()
     runs, unfinished = read_runs(asked_for(cfg))
     titles = run_titles(runs, cfg.titles)
-    output = Path(cfg.output)
+    output = Path(cfg.output_dir)
     if cfg.pictures:
         # Before any table: what is missing should be known at once.
         for run in runs:

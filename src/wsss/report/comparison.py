@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -23,8 +24,13 @@ from wsss.report.runs import (
 )
 from wsss.report.tables import PROTOCOL_ORDER, number
 
-#: protocols of the printed table, narrow enough for a terminal; the CSV has all
-MAIN_PROTOCOLS = ("seg/miou_ms_flip", "cpl/miou_ms_flip")
+#: scores of the printed table, narrow enough for a terminal; the CSV has all
+MAIN_SCORES = (
+    "seg/miou_ms_flip",
+    "cpl/miou_ms_flip",
+    "cpl/boundary_f_ms_flip",  # this and J&F where they were taken
+    "cpl/jf_ms_flip",
+)
 #: settings that say which images were scored
 SCORED_ON = ("data.root", "data.val_split", "data.max_val_images")
 
@@ -47,7 +53,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def main_scores(names: Iterable[str]) -> list[str]:
     """Those of the printed table."""
-    return [name for name in names if name.split("/", 1)[1] in MAIN_PROTOCOLS]
+    return [name for name in names if name.split("/", 1)[1] in MAIN_SCORES]
 
 
 # --- tables --------------------------------------------------------------------------------
@@ -107,9 +113,9 @@ def rich_table(runs: Sequence[Run]) -> Table:
     shown = [i for i in range(first, last) if header[i] in naming]
     names = setting_names(naming)
     titles = [*header[:first], *(["settings"] if shown else []), *header[last:]]
-    table = Table(title="mIoU (%)", title_justify="left", box=SIMPLE_HEAVY, collapse_padding=True)
+    table = Table(title="Scores (%)", title_justify="left", box=SIMPLE_HEAVY, collapse_padding=True)
     for i, title in enumerate(titles):
-        title = title.replace("/miou_", "/\nmiou_\n")
+        title = re.sub("/(miou|boundary_f|jf)_", r"/\n\1_\n", title)
         words = i < first + bool(shown)
         table.add_column(title, justify="left" if words else "right", overflow="fold")
     for row in rows:
@@ -123,7 +129,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], lines: Sequen
     """The rows as a Markdown table, the comparisons as a list below."""
     align = ["---" if i < 2 else "---:" for i in range(len(header))]
     text = "".join(f"| {' | '.join(row)} |\n" for row in (header, align, *rows))
-    return f"mIoU (%)\n\n{text}" + ("\n" if lines else "") + "".join(f"- {x}\n" for x in lines)
+    return f"Scores (%)\n\n{text}" + ("\n" if lines else "") + "".join(f"- {x}\n" for x in lines)
 
 
 def csv_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

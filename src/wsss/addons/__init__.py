@@ -1,0 +1,7 @@
+"""Add-ons: losses that go on top of any method."""
+
+from wsss.addons.base import AddOn, Step, View
+from wsss.addons.feature_similarity import FeatureSimilarity
+from wsss.addons.importance_sampling import ImportanceSampling
+
+__all__ = ["AddOn", "FeatureSimilarity", "ImportanceSampling", "Step", "View"]

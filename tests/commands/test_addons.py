@@ -1,0 +1,104 @@
+"""Every method with every add-on, through training and a checkpoint."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands.conftest import TINY, compose
+from wsss.build import build_method, build_network
+from wsss.checkpoints import read_checkpoint, restore_method, saved_config
+from wsss.cli import config_dir
+from wsss.errors import UserError
+from wsss.train import train
+
+#: what a short run of each method needs beside the common settings
+METHODS = {
+    "cam": ["method=cam"],
+    "cam with decoder": ["method=cam", "method.segment=true", "method.loss_warmup_steps=5"],
+    "cosa": ["method=cosa", "method.loss_warmup_steps=5", "method.threshold_fill_steps=2"],
+    "mctformer": ["method=mctformer"],
+    "seam": ["method=seam", "backbone=cnn_shapes", "method.optimizer=sgd", "method.lr=0.01"],
+    "spatial_bce": ["method=spatial_bce", "backbone=cnn_shapes"],
+}
+VIT = [o for o in TINY if o.startswith("backbone.")]
+COMMON = [
+    o for o in TINY if not o.startswith(("backbone.", "experiment=", "method.loss", "method.thr"))
+]
+CNN = ["backbone.options.channels=[8,16,16,24]"]
+
+
+def overrides(name: str, root: Path, *more: str) -> list[str]:
+    chosen = METHODS[name]
+    network = CNN if "backbone=cnn_shapes" in chosen else VIT
+    return ["experiment=shapes", *chosen, *COMMON, *network, f"data.root={root}", *more]
+
+
+def test_every_method_is_here() -> None:
+    files = {p.stem for p in (config_dir() / "method").glob("*.yaml")}
+    chosen = {o.split("=")[1] for options in METHODS.values() for o in options[:1]}
+    # Full supervision classifies nothing; the release recipe is CoSA with other values.
+    assert files - {"base", "supervised", "cosa_release"} == chosen
+
+
+@pytest.mark.parametrize("addon", ["isl", "fsl", "isl_fsl"])
+@pytest.mark.parametrize("name", METHODS)
+def test_trains_with(name: str, addon: str, shapes_root: Path, tmp_path: Path) -> None:
+    more = [f"addon={addon}", "trainer.max_steps=20", "trainer.log_every_n_steps=1"]
+    scores = train(compose("train", overrides(name, shapes_root, *more)), tmp_path)
+    assert "on/cpl/miou_ms_flip" in scores
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for term in addon.split("_"):
+        values = [float(row[f"loss/{term}"]) for row in rows if row.get(f"loss/{term}")]
+        assert len(set(values)) > 10  # logged in (nearly) every step, and not a constant
+    path = tmp_path / "checkpoints/last.ckpt"
+    content = read_checkpoint(path)
+    restored = restore_method(content, saved_config(content, path), path)
+    assert set(restored.addons) == set(addon.split("_"))
+
+
+def test_both_cams(shapes_root: Path, tmp_path: Path) -> None:
+    more = ["addon=isl_fsl", "addon.isl.cams=[cam,early_cam]", "addon.fsl.cams=[early_cam]"]
+    more += ["trainer.max_steps=2", "trainer.log_every_n_steps=1", "evaluate=false"]
+    train(compose("train", overrides("cam", shapes_root, *more)), tmp_path)
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"loss/isl", "loss/isl_early", "loss/fsl_early"} <= set(header)
+    assert "loss/fsl" not in header
+
+
+@pytest.mark.parametrize("name", ["cam", "cosa"])
+def test_without_weight_nothing_changes(name: str, shapes_root: Path, tmp_path: Path) -> None:
+    """Add-ons of weight 0 are computed, logged, and leave every weight as it is without them."""
+    states = []
+    for i, more in enumerate(([], ["addon=isl_fsl", "addon.isl.weight=0", "addon.fsl.scale=0"])):
+        settings = overrides(name, shapes_root, "trainer.max_steps=8", "evaluate=false", *more)
+        train(compose("train", settings), tmp_path / str(i))
+        last = torch.load(tmp_path / str(i) / "checkpoints/last.ckpt", weights_only=True)
+        states.append(last["state_dict"])
+    for key, value in states[0].items():
+        assert torch.equal(value.nan_to_num(), states[1][key].nan_to_num()), key
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("seam", ["addon=isl", "addon.isl.cams=[early_cam]"], "seam trains no early CAM"),
+        ("cam", ["method=supervised", "addon=fsl"], "supervised trains no CAM"),
+        ("cam", ["addon=fsl", "addon.fsl.gate=max"], r"addon\.fsl\.gate='max'"),
+    ],
+)
+def test_mistakes(name: str, more: list[str], message: str, shapes_root: Path) -> None:
+    cfg = compose("train", overrides(name, shapes_root, *more))
+    with pytest.raises(UserError, match=message):
+        build_method(cfg, build_network(cfg, 2), ("a", "b"))
+
+
+def test_a_variant_leaves_an_addon_out(shapes_root: Path) -> None:
+    cfg = compose("train", overrides("cam", shapes_root, "addon=isl_fsl"))
+    cfg.addon.isl = None
+    method = build_method(cfg, build_network(cfg, 2), ("a", "b"))
+    assert list(method.addons) == ["fsl"]
