@@ -7,6 +7,7 @@ our runs: each figure as PNG and its numbers as CSV.
 from __future__ import annotations
 
 import glob
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
@@ -18,6 +19,7 @@ from rich.progress import track
 
 from wsss.analysis import drawing
 from wsss.analysis.collect import PAIR, SCORED, UNFITTED, NetworkScore, collect
+from wsss.analysis.gaussian_command import gaussian_fsl
 from wsss.analysis.metrics_file import read_metrics, score_rows, threshold_rows
 from wsss.analysis.summary import CheckpointCurves, csv_tables, printed_table, sentences
 from wsss.build import build_data
@@ -81,9 +83,9 @@ def analyse(cfg: DictConfig) -> list[Path]:
         del content  # weights of networks and optimizer
         if not (method.evaluates_cam and method.evaluates_early_cam):
             raise UserError(
-                f"'{path}': method={type(method).__name__.lower()} does not train both the CAM "
-                "and the early CAM, and their pseudo-labels are what is analysed. Choose a run of "
-                "cosa or cam."
+                f"'{path}': method={method.short_name()} trains no "
+                f"{'early CAM' if method.evaluates_cam else 'CAMs'}, and pseudo-labels of CAM and "
+                "early CAM are what is analysed. Choose a run of cosa or cam."
             )
         if with_networks is None:
             logged = logged_scores(run, method)
@@ -300,7 +302,11 @@ def logged_scores(run: Path, method: Method) -> list[NetworkScore]:
 
 def main() -> None:
     """Console entry point."""
-    hydra_command("analyse", analyse)
+    if sys.argv[1:2] == ["gaussian_fsl"]:
+        del sys.argv[1]
+        hydra_command("gaussian_fsl", gaussian_fsl)
+    else:
+        hydra_command("analyse", analyse)
 
 
 if __name__ == "__main__":

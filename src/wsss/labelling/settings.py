@@ -81,7 +81,7 @@ def choose_kinds(cfg: DictConfig, inference: Inference) -> list[str]:
     Raises:
         UserError: the method does not train what they are made of.
     """
-    name = type(inference.method).__name__.lower()
+    name = inference.method.short_name()
     kinds = [*KINDS[cfg.labels], *(["cam"] if cfg.cam else [])]
     if not inference.has_cam and kinds != ["spl"]:
         raise UserError(

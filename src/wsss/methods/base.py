@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -131,6 +132,11 @@ class Method(L.LightningModule):
         self.image_scores: dict[str, dict[str, list[float]]] = {}
         self._last_terms: dict[str, Tensor] = {}
 
+    @classmethod
+    def short_name(cls) -> str:
+        """Its name in tables and messages: ``spatial_bce`` of ``SpatialBCE``."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z]{3})", "_", cls.__name__).lower()
+
     # --- what a method defines -------------------------------------------------------------
 
     @classmethod
@@ -179,7 +185,7 @@ class Method(L.LightningModule):
                     continue
                 which = "early CAM" if self.evaluates_cam else "CAM"
                 raise UserError(
-                    f"addon.{name} acts on '{cam}', but method={type(self).__name__.lower()} "
+                    f"addon.{name} acts on '{cam}', but method={self.short_name()} "
                     f"trains no {which}: leave it out or change addon.{name}.cams."
                 )
 

@@ -103,7 +103,7 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
                 }
     return {
         "name": method.run_config.get("name"),
-        "method": type(method).__name__.lower(),
+        "method": method.short_name(),
         "seed": method.run_config.get("seed"),
         "step": method.global_step if step is None else step,
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()},
