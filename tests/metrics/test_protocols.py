@@ -275,6 +275,7 @@ def test_methods_without_segmentation_or_cams(pictures: list[Picture]) -> None:
     for options, protocols_left in (
         ({"segmentation": False}, CAM_PROTOCOLS),
         ({"cam": False}, (*SEGMENTATION_PROTOCOLS, *CRF_PROTOCOLS)),
+        ({"segmentation": False, "early_cam": False}, CAM_PROTOCOLS[:1]),
     ):
         part = make(**options)
         network = run(part, pictures)
