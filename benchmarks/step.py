@@ -3,6 +3,7 @@
     python benchmarks/step.py     # ViT-Tiny at 224 on a CPU, ViT-B at 448 on a GPU
     python benchmarks/step.py --device cpu --precision fp32 --threads 2
     python benchmarks/step.py --experiment cosa_shapes --workers 0
+    python benchmarks/step.py --addon isl_fsl
 
 Real code on generated JPEGs: data, AN passes, ON forward, labels and thresholds, losses, backward,
 optimizer, EMA. Each part is the median over the steps; the device is synchronised between parts.
@@ -28,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from wsss.addons import Step
 from wsss.build import build_data, build_method, build_network
 from wsss.cli import config_dir
 from wsss.data.batch import Batch
@@ -41,6 +43,7 @@ PARTS = (
     "labels",
     "ON forward",
     "losses",
+    "add-ons",
     "backward",
     "optimizer",
     "EMA",
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--experiment", help="default: cosa_voc on a GPU, else cosa_voc_mini")
+    parser.add_argument("--addon", default="none", help="isl, fsl, isl_fsl")
     parser.add_argument("--workers", type=int, help="loader processes; default: the experiment's")
     parser.add_argument("--batch", type=int, help="default: the experiment's")
     parser.add_argument("--image-size", type=int, default=320, help="side of the source JPEGs")
@@ -76,6 +80,7 @@ def prepare(root: Path, arguments: argparse.Namespace) -> tuple[CoSA, Any]:
     """The method past its warm-up, and an endless loader of batches."""
     overrides = [
         f"experiment={arguments.experiment}",
+        f"addon={arguments.addon}",
         f"data.root={root}",
         "data.train_split=train",
         "data.val_split=val",
@@ -146,7 +151,8 @@ def measure(method: CoSA, batches: Any, arguments: argparse.Namespace) -> dict[s
         pseudo = timed("labels", lambda b=batch, a=assigned, c=confidences: method.label(a, c, b))
         output = timed("ON forward", lambda b=batch: method.network(b.strong))
         terms = timed("losses", lambda o=output, p=pseudo, b=batch: method.co_training(o, p, b))
-        weights = method.loss_weights()
+        made = Step(terms, method.views(output, batch))
+        terms, weights = timed("add-ons", lambda s=made: method.with_addons(s))
         total = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         timed("backward", total.backward)
         timed("optimizer", lambda: (optimizer.step(), optimizer.zero_grad()))
@@ -170,8 +176,8 @@ def report(times: dict[str, list[float]], method: CoSA, arguments: argparse.Name
     total = sum(medians.values())
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     table = Table(
-        title=f"{arguments.experiment}: {method.network.encoder.name}, {arguments.precision}, "
-        f"{where}, {torch.get_num_threads()} threads",
+        title=f"{arguments.experiment}, addon={arguments.addon}: {method.network.encoder.name}, "
+        f"{arguments.precision}, {where}, {torch.get_num_threads()} threads",
         title_justify="left",
     )
     for column in ("part", "seconds", "share"):

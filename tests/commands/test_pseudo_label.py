@@ -319,6 +319,8 @@ def test_thresholds(label: Any, checkpoint: Path, tmp_path: Path, tiny_folder: l
         ("cam", ["labels=both"], "labels=both: .* cam, trains no segmentation: use labels=cpl"),
         ("supervised", [], "supervised, trains no CAMs: use labels=spl cam=false"),
         ("supervised", ["labels=spl", "cam=true"], "trains no CAMs"),
+        ("mctformer", ["source=early_cam"], "mctformer, trains no early CAM: use source=cam"),
+        ("mctformer", ["source=ensemble"], "trains no early CAM"),
     ],
 )
 def test_what_a_method_does_not_have(

@@ -189,14 +189,17 @@ class Method(L.LightningModule):
                     f"trains no {which}: leave it out or change addon.{name}.cams."
                 )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def with_addons(self, step: Step) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """All terms of a step and their weights; a term that is not named counts 1."""
         own_weights = self.loss_weights()
-        weights = dict(own_weights)
-        step = self.step(batch)
-        terms = dict(step.terms)
+        terms, weights = dict(step.terms), dict(own_weights)
         for addon in self.addons.values():
             scale = ADDON_SCALE[self.optimizer]
             addon.add_to(step, terms, weights, own_weights, scale)  # type: ignore[operator]
+        return terms, weights
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        terms, weights = self.with_addons(self.step(batch))
         total = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         self._check_finite(terms)
         for name, term in terms.items():
