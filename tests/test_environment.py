@@ -31,7 +31,8 @@ def test_description_is_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None
     assert about["threads"] == torch.get_num_threads()
     assert about["cores"] >= 1
     assert about["cpu"]
-    assert len(about["devices"]) == torch.cuda.device_count()
+    assert about["devices"] == []
+    assert len(describe("32-true", 1, on_gpu=True)["devices"]) == torch.cuda.device_count()
     age = datetime.now(UTC) - datetime.fromisoformat(about["started"])
     assert 0 <= age.total_seconds() < 600
 
@@ -65,7 +66,7 @@ def test_a_run_writes_it_at_its_start_and_completes_it(
     few = [*TINY, f"data.root={shapes_root}", "trainer.max_steps=1", "evaluate=false"]
     path = tmp_path / "environment.json"
     with monkeypatch.context() as broken:
-        broken.setattr(CoSA, "losses", lambda self, batch: 1 / 0)
+        broken.setattr(CoSA, "step", lambda self, batch: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(compose("train", few), tmp_path)
     start = json.loads(path.read_text())

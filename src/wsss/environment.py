@@ -17,12 +17,19 @@ from wsss import __version__
 from wsss.files import write_atomically
 
 
-def describe(precision: str, world_size: int) -> dict[str, Any]:
+def processors() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every platform
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def describe(precision: str, world_size: int, on_gpu: bool = False) -> dict[str, Any]:
     """Versions, hardware and command of this process, with the time as ``started``.
 
     Args:
         precision: of the run, as Lightning names it.
         world_size: number of ranks.
+        on_gpu: the run uses this machine's GPUs, which ``devices`` then lists.
     """
     return {
         "wsss": __version__,
@@ -30,11 +37,10 @@ def describe(precision: str, world_size: int) -> dict[str, Any]:
         **{name: version(name) for name in ("torch", "lightning", "timm", "numpy")},
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": processors(),
         "threads": torch.get_num_threads(),
         "devices": [
-            torch.cuda.get_device_name(i)
-            for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if on_gpu else 0)
         ],
         "world_size": world_size,
         "precision": precision,

@@ -68,7 +68,9 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     network = build_network(cfg, data.num_classes, load_weights=checkpoint is None)
     method = build_method(cfg, network, data.classes)
     trainer = make_trainer(cfg, method, output_dir)
-    about = describe(cfg.trainer.precision, trainer.world_size)
+    about = describe(
+        cfg.trainer.precision, trainer.world_size, trainer.strategy.root_device.type == "cuda"
+    )
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(method.run_config), output_dir / "config.yaml")
         write_environment(output_dir / "environment.json", about)

@@ -6,7 +6,6 @@ any number of workers and ranks, any accumulation, and any restart give the same
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -24,6 +23,7 @@ from wsss.data.images import VOID
 from wsss.data.layout import Purpose
 from wsss.data.order import MicroBatchSampler, image_index, sample_rng
 from wsss.data.views import TwoViews, ViewPair, resize_image
+from wsss.environment import processors
 from wsss.errors import UserError
 
 
@@ -362,7 +362,7 @@ class WSSSDataModule(lightning.LightningDataModule):
 
     def _loader_options(self) -> dict[str, Any]:
         # More workers than processors only slow each other down; the order does not depend on them.
-        workers = min(self.num_workers, len(os.sched_getaffinity(0)))
+        workers = min(self.num_workers, processors())
         return {
             "num_workers": workers,
             "persistent_workers": workers > 0,
