@@ -121,7 +121,7 @@ def test_terminal_names_a_sweep_s_variants_alone() -> None:
 def test_markdown_and_csv() -> None:
     header, rows = ["run", "method", "x"], [["a", "cam", "1.00 +- 0.10"], ["b, c", "cosa", "-"]]
     assert markdown(header, rows, ["one", "two"]).splitlines() == [
-        "mIoU (%)",
+        "Scores (%)",
         "",
         "| run | method | x |",
         "| --- | --- | ---: |",

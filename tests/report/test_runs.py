@@ -132,6 +132,20 @@ def test_settings_that_differ_are_named_without_seeds_and_outputs() -> None:
     assert differing_settings([]) == []
 
 
+def test_addons_tell_runs_apart_by_name() -> None:
+    isl, fsl = {"_target_": "a.Isl", "weight": 0.2}, {"_target_": "a.Fsl", "mu": 2.5}
+    without, none = run("cosa"), run("cosa", addon={})  # a version without add-ons; addon=none
+    one = run("cosa", addon={"isl": isl, "fsl": None})
+    both = run("cosa", addon={"isl": isl, "fsl": fsl})
+    runs = [without, none, one, both]
+    assert differing_settings(runs) == ["addon"]
+    assert [setting(r, "addon") for r in runs] == ["-", "-", "isl", "isl+fsl"]
+    assert len(seed_groups(runs)) == 3
+    stronger = run("cosa", addon={"isl": {**isl, "weight": 0.4}, "fsl": fsl})
+    assert differing_settings([both, stronger]) == ["addon.isl.weight"]
+    assert set(differing_settings([none, both, stronger])) == {"addon", "addon.isl.weight"}
+
+
 def test_runs_of_other_names_or_methods_are_not_compared_setting_by_setting() -> None:
     cosa, cam = run("cosa", method={"lr": 1, "raw": True}), run("cam", method={"lr": 2})
     assert differing_settings([cosa, cam]) == []

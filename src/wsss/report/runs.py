@@ -281,6 +281,9 @@ def _settings(run: Run) -> dict[str, Any]:
     config = {key: value for key, value in run.config.items() if key not in SEED_KEYS}
     leaves = dict(sorted(_leaves(config, ""), key=lambda leaf: leaf[0]))
     leaves.pop("data.seed", None)
+    # One setting that every run has, before those of each add-on that some runs lack.
+    addons = config.get("addon") or {}
+    leaves["addon"] = "+".join(name for name, chosen in addons.items() if chosen) or "-"
     return leaves
 
 
