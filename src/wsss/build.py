@@ -73,9 +73,20 @@ def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) 
         cfg: with a ``backbone`` and a ``method`` section.
         num_classes: foreground classes.
         load_weights: False leaves pretrained weights out, for a network about to be loaded.
+
+    Raises:
+        UserError: parts that the options freeze would stay random, or what the constructor finds.
     """
     backbone = cfg.backbone
     weights = backbone.weights if load_weights else None
+    options = cast(dict[str, Any], OmegaConf.to_container(backbone.options, resolve=True))
+    frozen = [key for key in ("freeze_bn", "freeze_stem") if options.get(key)]
+    if load_weights and weights is None and not backbone.pretrained and frozen:
+        off = " ".join(f"backbone.options.{key}=false" for key in frozen)
+        raise UserError(
+            f"backbone.weights is not set, and '{backbone.name}' would keep parts of its random "
+            f"start ({', '.join(frozen)}): give a weights file, or train from scratch with {off}."
+        )
     return method_class(cfg).network_class(
         backbone.name,
         num_classes,
@@ -83,7 +94,7 @@ def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) 
         early_norm=backbone.early_norm,
         pretrained=bool(backbone.pretrained) and weights is None and load_weights,
         weights=weights,
-        **cast(dict[str, Any], OmegaConf.to_container(backbone.options, resolve=True)),
+        **options,
     )
 
 

@@ -171,9 +171,10 @@ def _load(cfg: DictConfig, checkpoint: Path) -> Inference:
     inference = Inference.load(checkpoint, cfg.network, cfg.device, cfg.precision, scales)
     if not inference.has_segmentation:
         raise UserError(
-            f"checkpoint='{checkpoint}': method {type(inference.method).__name__} trains no "
+            f"checkpoint='{checkpoint}': method={inference.method.short_name()} trains no "
             "segmentation. Its CAMs need to know which classes an image holds. Take a checkpoint "
-            "of cosa or supervised, or make masks of labelled images with wsss pseudo_label."
+            "of cosa, supervised or cam with method.segment=true, or make masks of labelled images "
+            "with wsss pseudo_label."
         )
     if len(inference.classes) > 255:
         raise UserError(

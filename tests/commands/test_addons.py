@@ -97,6 +97,16 @@ def test_mistakes(name: str, more: list[str], message: str, shapes_root: Path) -
         build_method(cfg, build_network(cfg, 2), ("a", "b"))
 
 
+def test_two_of_one_kind(shapes_root: Path, tmp_path: Path) -> None:
+    second = "{_target_: wsss.addons.FeatureSimilarity, sigma: 2.0}"
+    more = ["addon=fsl", f"+addon.near={second}", "trainer.max_steps=2", "evaluate=false"]
+    settings = overrides("cam", shapes_root, *more, "trainer.log_every_n_steps=1")
+    train(compose("train", settings), tmp_path)
+    with (tmp_path / "metrics.csv").open() as file:
+        row = next(csv.DictReader(file))
+    assert float(row["loss/fsl"]) != float(row["loss/near"])
+
+
 def test_a_variant_leaves_an_addon_out(shapes_root: Path) -> None:
     cfg = compose("train", overrides("cam", shapes_root, "addon=isl_fsl"))
     cfg.addon.isl = None

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from tests.commands.conftest import Run, compose
 from wsss.build import build_method, build_network, method_class
 from wsss.cli import check_overrides, config_dir
+from wsss.errors import UserError
 
 EXPERIMENTS = sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml"))
 
@@ -20,7 +21,7 @@ def test_every_experiment_instantiates(name: str) -> None:
     cfg = compose("train", [f"experiment={name}", "data.root=/data", "backbone.pretrained=false"])
     OmegaConf.set_struct(cfg, False)
     if cfg.backbone.name == "resnet38d":
-        cfg.backbone.options.width = 0.05
+        cfg.backbone.options = {"width": 0.05, "freeze_bn": False, "freeze_stem": False}
     elif "vit" in cfg.backbone.name or "deit" in cfg.backbone.name:
         cfg.backbone.options.depth = 1
         cfg.backbone.early_block = -1
@@ -28,6 +29,28 @@ def test_every_experiment_instantiates(name: str) -> None:
     method = build_method(cfg, network, ("a", "b", "c"))
     assert isinstance(method, method_class(cfg))
     assert method.monitor.split("/")[0] in method.network_names
+
+
+@pytest.mark.parametrize(
+    ("more", "left"),
+    [
+        ([], "freeze_bn, freeze_stem"),
+        (["backbone.options.freeze_bn=false"], "freeze_stem"),
+        (["backbone=resnet50", "backbone.pretrained=false"], "freeze_bn"),
+    ],
+)
+def test_frozen_parts_want_weights(more: list[str], left: str) -> None:
+    """Else days go by with a stem that was drawn at random."""
+    cfg = compose("train", ["experiment=seam_voc", "data.root=/data", *more])
+    with pytest.raises(UserError, match=rf"^backbone\.weights is not set.* \({left}\): give a"):
+        build_network(cfg, 3)
+
+
+def test_a_checkpoint_takes_the_place_of_a_weights_file() -> None:
+    cfg = compose("train", ["experiment=seam_voc", "data.root=/data"])
+    OmegaConf.set_struct(cfg, False)
+    cfg.backbone.options.width = 0.02
+    build_network(cfg, 3, load_weights=False)
 
 
 def test_papers_settings() -> None:

@@ -525,7 +525,7 @@ def test_a_method_without_segmentation(call: Call, tmp_path: Path) -> None:
     method.on_save_checkpoint(content)
     path.parent.mkdir()
     torch.save(content, path)
-    with pytest.raises(UserError, match=r"method CAM trains no segmentation.*pseudo_label"):
+    with pytest.raises(UserError, match=r"method=cam trains no segmentation.*pseudo_label"):
         call(f"checkpoint={path}")
     assert not Path("predictions").exists()
 

@@ -290,6 +290,17 @@ def test_a_wrong_certainty_keeps_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
+def test_a_diverged_network_makes_a_loss_that_is_not_finite(posterior: str) -> None:
+    """Not an error of the draw, which on a GPU would end the process without a word why."""
+    case = _case()
+    diverged = case.scores.masked_fill(torch.ones_like(case.scores, dtype=torch.bool), torch.nan)
+    assert case.loss(diverged, posterior=posterior).isnan()
+    partly = case.scores.clone()
+    partly[0, 0, 0, 0] = torch.nan
+    case.loss(partly, posterior=posterior)
+
+
+@pytest.mark.parametrize("posterior", POSTERIORS)
 @pytest.mark.parametrize("content", [float("nan"), float("inf"), 1e4])
 def test_padding_has_no_say(content: float, posterior: str) -> None:
     case = _case("one_image_not_valid")

@@ -23,7 +23,7 @@ class View:
         scores: (B, C, h, w) CAM logits, with gradient.
         images: (B, 3, H, W) RGB in [0, 1] with the image's own colours, at any size.
         labels: (B, C) 0/1.
-        valid: (B, H, W) bool, False on padding.
+        valid: (B, H', W') bool, False on padding; perhaps of another size than ``images``.
     """
 
     cam: str
@@ -57,7 +57,8 @@ class AddOn(nn.Module):
         UserError: no CAM, or an unknown one.
     """
 
-    #: name of its term; a suffix says which classification term it stands next to
+    #: name of its term, in a method its key in ``addon``; a suffix says which classification term
+    #: it stands next to
     name: str
 
     def __init__(self, cams: Sequence[str] = ("cam",), scale: float | None = None) -> None:

@@ -55,7 +55,8 @@ def importance_sampling_loss(
 
     with torch.no_grad():
         weights = scores.sigmoid() if posterior == "binomial" else _with_background(scores)
-        weights = weights + 1e-5
+        # A loss that is not finite stops training with advice; drawing from it would crash first.
+        weights = weights.nan_to_num(nan=1.0) + 1e-5
         counted = torch.ones(images, dtype=torch.bool, device=scores.device)
         if valid is not None:
             valid = valid.flatten(1)

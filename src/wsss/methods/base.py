@@ -180,6 +180,7 @@ class Method(L.LightningModule):
 
     def _check_addons(self) -> None:
         for name, addon in self.addons.items():
+            addon.name = name  # type: ignore[assignment]  # two of one kind log two terms
             for cam in addon.cams:  # type: ignore[union-attr]
                 if self.evaluates_cam and (cam == "cam" or self.evaluates_early_cam):
                     continue

@@ -27,8 +27,9 @@ class SEAM(Method):
 
     The strong view is trained on, whose appearance should be colour jitter alone
     (``conf/experiment/seam_voc.yaml``). Maps are compared at the size of the small image, as
-    published; there the min pooling is taken at the size of the image, here on the grid, and
-    resizing aligns corners, here centres, as everywhere in this library.
+    published; there the min pooling is taken at the size of the image, here on the grid, maps are
+    normalised before they are resized, here after, and resizing aligns corners, here centres, as
+    everywhere in this library.
 
     Args:
         small_scale: size of the small image, as a factor.

@@ -32,8 +32,10 @@ class SpatialBCE(Method):
     pushed away from a threshold, those of an absent class down ("cls"), while their mean
     probability is kept near the class's area (the self-supervised task, "area"); the threshold is
     the one that leaves that area above it. In the last steps of a cycle the threshold head learns
-    from the same curve with the probabilities held fixed ("threshold"); with ``adaptive`` what it
-    has learned cuts the probabilities at inference. Without, there are no such steps, and the CAM
+    from the same curve with the probabilities held fixed ("threshold"); the encoder learns on in
+    them, from "area" and through the features that the head sees. With ``adaptive`` inference sees
+    the probabilities from what the head has learned, see
+    :class:`~wsss.nn.spatial_bce.SpatialBCENetwork`. Without, there are no such steps, and the CAM
     of the logits is cut at a fixed threshold, as every other method's. Add-ons act where something
     is classified, in the former steps alone.
 
@@ -48,7 +50,7 @@ class SpatialBCE(Method):
     The strong view is trained on; the areas are those of the weak one.
 
     Args:
-        adaptive: learn a threshold for inference, 0.5 of the resulting CAM.
+        adaptive: learn a threshold for inference; False: the CAM is that of the logits.
         loss_warmup_steps: optimizer steps with the image-level classification loss instead.
         phase_steps: optimizer steps from one copy of the network to the next.
         cycle: optimizer steps of a cycle.
@@ -72,8 +74,8 @@ class SpatialBCE(Method):
     def __init__(
         self,
         adaptive: bool = True,
-        loss_warmup_steps: int = 1000,
-        phase_steps: int = 17600,
+        loss_warmup_steps: int = 1764,
+        phase_steps: int = 17640,
         cycle: int = 100,
         threshold_steps: int = 20,
         area_weight: float = 1.0,

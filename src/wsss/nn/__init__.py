@@ -4,14 +4,17 @@ from wsss.nn.cnn import CNNEncoder
 from wsss.nn.decoder import LargeFOV
 from wsss.nn.encoder import ViTEncoder
 from wsss.nn.encoders import make_encoder
+from wsss.nn.neck import NeckOutput, UncertaintyNeck
 from wsss.nn.network import NetworkOutput, WSSSNetwork
 from wsss.nn.resnet38 import ResNet38Encoder
 
 __all__ = [
     "CNNEncoder",
     "LargeFOV",
+    "NeckOutput",
     "NetworkOutput",
     "ResNet38Encoder",
+    "UncertaintyNeck",
     "ViTEncoder",
     "WSSSNetwork",
     "make_encoder",

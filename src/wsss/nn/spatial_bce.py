@@ -19,7 +19,9 @@ class SpatialBCENetwork(WSSSNetwork):
     is the sigmoid of a linear layer on the mean of the features.
 
     In evaluation mode, if ``adaptive``, ``refined_cam`` are the probabilities seen from that
-    threshold, ``sigmoid(M - logit(t))``: 0.5 where p is t.
+    threshold, ``sigmoid(M - logit(t))``: 0.5 where p is t. Multi-scale inference stretches them to
+    [0, 1] as it does every CAM, so 0.5 of what it gives is the threshold of those maps alone that
+    come near 0 and 1 by themselves.
 
     Args:
         *args, **kwargs: of :class:`WSSSNetwork`.

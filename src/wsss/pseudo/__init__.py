@@ -1,5 +1,6 @@
 """From activations to pseudo-labels."""
 
+from wsss.pseudo.affinity import mutual_complement, random_walk, sinkhorn, symmetric_affinity
 from wsss.pseudo.crf import CRF_PRESETS, CRFPreset, dense_crf
 from wsss.pseudo.labels import (
     IGNORE_INDEX,
@@ -36,11 +37,15 @@ __all__ = [
     "make_threshold",
     "min_error_threshold",
     "multi_scale",
+    "mutual_complement",
     "normalise_cam",
     "otsu_threshold",
     "perplexity",
+    "random_walk",
     "reliability_weight",
     "segmentation_pseudo_label",
+    "sinkhorn",
     "softmax_threshold_label",
+    "symmetric_affinity",
     "two_threshold_label",
 ]
