@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.commands.conftest import Run, command_environment, compose
+from wsss.addons import Step
 from wsss.errors import UserError
 from wsss.methods import CoSA
 from wsss.train import train
@@ -176,15 +177,15 @@ def test_sweep_leaves_runs_side_by_side(run: Run, tiny: list[str], tmp_path: Pat
 def test_nan_loss_names_the_term_and_keeps_the_checkpoint(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = CoSA.losses
+    original = CoSA.step
 
-    def losses(self: CoSA, batch: object) -> dict[str, torch.Tensor]:
-        terms = original(self, batch)  # type: ignore[arg-type]
+    def step(self: CoSA, batch: object) -> Step:
+        made = original(self, batch)  # type: ignore[arg-type]
         if self.trainer.global_step == 4:
-            terms["s2c"] = terms["s2c"] * float("nan")
-        return terms
+            made.terms["s2c"] = made.terms["s2c"] * float("nan")
+        return made
 
-    monkeypatch.setattr(CoSA, "losses", losses)
+    monkeypatch.setattr(CoSA, "step", step)
     with pytest.raises(UserError, match=r"loss/s2c is nan at step 4"):
         train(compose("train", [*tiny, "trainer.save_every_n_steps=2"]), tmp_path)
     content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
