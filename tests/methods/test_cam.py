@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.methods.test_cosa import CLASSES, batch
+from tests.methods.made import batch
+from tests.methods.test_cosa import CLASSES
 from wsss.errors import UserError
 from wsss.losses import cam2seg_loss, classification_loss
 from wsss.methods import CAM

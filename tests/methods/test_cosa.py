@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.methods.made import batch, total
 from wsss.callbacks.ema import AssignmentEMA
-from wsss.data.batch import Batch
 from wsss.methods import CoSA
 from wsss.methods.schedule import warmup_poly
 from wsss.nn import WSSSNetwork
@@ -27,26 +27,6 @@ def make(step: int = 10, **kwargs: Any) -> CoSA:
     method._trainer = SimpleNamespace(global_step=step, max_steps=100)  # type: ignore[assignment]
     method.log = lambda *a, **k: None  # type: ignore[method-assign,assignment]
     return method.train()
-
-
-def batch(height: int = 48, width: int = 64, labels: list[list[int]] | None = None) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    weak = torch.rand(2, 3, height, width, generator=generator)
-    valid = torch.ones(2, height, width, dtype=torch.bool)
-    valid[1, :, : width // 4] = False
-    return Batch(
-        weak=weak,
-        strong=weak * 0.8,
-        labels=torch.tensor(labels or [[1, 0, 0], [0, 1, 1]], dtype=torch.float32),
-        valid=valid,
-        names=["a", "b"],
-        index=torch.arange(2),
-    )
-
-
-def total(method: CoSA, terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    weights = method.loss_weights()
-    return torch.stack([weights.get(k, 1.0) * v for k, v in terms.items()]).sum()
 
 
 def test_all_terms_and_gradients() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.methods.test_cosa import batch, make, total
+from tests.methods.made import batch, total
+from tests.methods.test_cosa import make
 from wsss.callbacks.ema import AssignmentEMA
 from wsss.errors import UserError
 from wsss.losses import dense_energy_loss, seg2cam_loss

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from tests.commands.conftest import compose
+from tests.methods.made import batch
 from wsss.addons.importance_sampling import ImportanceSampling
 from wsss.build import build_method, build_network
 from wsss.checkpoints import read_checkpoint, restore_method, saved_config
-from wsss.data.batch import Batch
 from wsss.errors import UserError
 from wsss.methods import MCTformer
 from wsss.nn.mctformer import MCTformerNetwork
@@ -31,21 +31,6 @@ def make(classes: tuple[str, ...] = CLASSES, backbone: Any = None, **kwargs: Any
     method._trainer = SimpleNamespace(global_step=0, max_steps=100)  # type: ignore[assignment]
     method.log = lambda *a, **k: None  # type: ignore[method-assign,assignment]
     return method.train()
-
-
-def batch(labels: list[list[int]] | None = None) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    weak = torch.rand(2, 3, 48, 64, generator=generator)
-    valid = torch.ones(2, 48, 64, dtype=torch.bool)
-    valid[1, :, :16] = False
-    return Batch(
-        weak=weak,
-        strong=weak * 0.8,
-        labels=torch.tensor(labels or [[1, 0, 0], [0, 1, 1]], dtype=torch.float32),
-        valid=valid,
-        names=["a", "b"],
-        index=torch.arange(2),
-    )
 
 
 def test_terms() -> None:
@@ -95,14 +80,14 @@ def test_everything_that_is_trained_gets_a_gradient() -> None:
 def test_label_edge_cases_are_finite(labels: list[list[int]], precision: str) -> None:
     method = make()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss = torch.stack(list(method.step(batch(labels)).terms.values())).sum()
+        loss = torch.stack(list(method.step(batch(labels=labels)).terms.values())).sum()
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in method.network.parameters())
 
 
 def test_one_class() -> None:
-    terms = make(("cat",)).step(batch([[1], [0]])).terms
+    terms = make(("cat",)).step(batch(labels=[[1], [0]])).terms
     assert all(term.isfinite() for term in terms.values())
 
 

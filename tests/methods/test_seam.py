@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.methods.made import batch as made_batch
+from tests.methods.made import total
 from wsss.addons.feature_similarity import FeatureSimilarity
 from wsss.addons.importance_sampling import ImportanceSampling
-from wsss.data.batch import Batch
 from wsss.errors import UserError
 from wsss.losses import classification_loss
 from wsss.losses.equivariance import equivariant_cross_loss, equivariant_loss, min_pooling_loss
@@ -20,6 +22,7 @@ from wsss.nn.seam import SEAMNetwork
 from wsss.pseudo import multi_scale
 
 CLASSES = ("cat", "dog", "cow")
+batch = partial(made_batch, height=40, width=56)
 TERMS = {"cls", "cls_small", "rvmin", "rvmin_small", "er", "ecr"}
 
 
@@ -30,26 +33,6 @@ def make(**kwargs: Any) -> SEAM:
     method._trainer = SimpleNamespace(global_step=0, max_steps=100)  # type: ignore[assignment]
     method.log = lambda *a, **k: None  # type: ignore[method-assign,assignment]
     return method.train()
-
-
-def batch(height: int = 40, width: int = 56, labels: list[list[int]] | None = None) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    weak = torch.rand(2, 3, height, width, generator=generator)
-    valid = torch.ones(2, height, width, dtype=torch.bool)
-    valid[1, :, : width // 4] = False
-    return Batch(
-        weak=weak,
-        strong=1 - weak,
-        labels=torch.tensor(labels or [[1, 0, 0], [0, 1, 1]], dtype=torch.float32),
-        valid=valid,
-        names=["a", "b"],
-        index=torch.arange(2),
-    )
-
-
-def total(method: SEAM, terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    weights = method.loss_weights()
-    return torch.stack([weights.get(k, 1.0) * v for k, v in terms.items()]).sum()
 
 
 def test_all_terms_from_their_parts() -> None:
@@ -152,7 +135,7 @@ def test_label_edge_cases_are_finite(labels: list[list[int]], precision: str) ->
 
 
 def test_a_constant_image_and_one_cell_are_finite() -> None:
-    method, b = make(), batch(8, 8)
+    method, b = make(), batch(height=8, width=8)
     b.strong[:] = 0.5
     loss = total(method, method.step(b).terms)
     loss.backward()

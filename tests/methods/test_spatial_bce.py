@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.methods.made import batch as made_batch
+from tests.methods.made import total
 from wsss.addons.feature_similarity import FeatureSimilarity
 from wsss.addons.importance_sampling import ImportanceSampling
-from wsss.data.batch import Batch
 from wsss.errors import UserError
 from wsss.losses import classification_loss
 from wsss.losses.spatial_bce import area_loss, area_threshold, spatial_bce_loss, threshold_loss
@@ -23,6 +25,7 @@ from wsss.pseudo import cam_pseudo_label, multi_scale
 from wsss.resize import valid_on_grid
 
 CLASSES = ("cat", "dog", "cow")
+batch = partial(made_batch, height=40, width=56)
 
 
 def make(step: int = 20, **kwargs: Any) -> SpatialBCE:
@@ -53,38 +56,18 @@ def still(step: int = 20, **kwargs: Any) -> SpatialBCE:
     return method
 
 
-def batch(height: int = 40, width: int = 56, labels: list[list[int]] | None = None) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    weak = torch.rand(2, 3, height, width, generator=generator)
-    valid = torch.ones(2, height, width, dtype=torch.bool)
-    valid[1, :, : width // 4] = False
-    return Batch(
-        weak=weak,
-        strong=1 - weak,
-        labels=torch.tensor(labels or [[1, 0, 0], [0, 1, 1]], dtype=torch.float32),
-        valid=valid,
-        names=["a", "b"],
-        index=torch.arange(2),
-    )
-
-
-def total(method: SpatialBCE, terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    weights = method.loss_weights()
-    return torch.stack([weights.get(k, 1.0) * v for k, v in terms.items()]).sum()
-
-
 def test_what_steps_train() -> None:
     method, found = make(), {}
     for step in range(4, 16):
         method._trainer.global_step = step  # type: ignore[union-attr]
         found[step] = tuple(sorted(method.step(batch()).terms))
     assert found == {
-        4: ("threshold",),
+        4: ("cls",),
         5: ("cls",),
         6: ("cls",),
         7: ("cls",),
-        8: ("threshold",),
-        9: ("threshold",),
+        8: ("cls",),
+        9: ("cls",),
         10: ("area", "cls"),
         11: ("area", "cls"),
         12: ("area", "cls"),
@@ -123,7 +106,7 @@ def test_warm_up_is_image_classification() -> None:
     assert [view.term for view in step.views] == ["cls"]
 
 
-@pytest.mark.parametrize("step", [8, 13])
+@pytest.mark.parametrize("step", [13, 14])
 def test_threshold_steps_from_their_parts(step: int) -> None:
     method, b = still(step), batch()
     network = method.network
@@ -141,7 +124,7 @@ def test_threshold_steps_from_their_parts(step: int) -> None:
     assert not network.classifier.weight.grad.any()
 
 
-@pytest.mark.parametrize("step", [5, 8, 11, 13])
+@pytest.mark.parametrize("step", [5, 8, 11, 13, 14])
 def test_every_trained_parameter_has_a_gradient(step: int) -> None:
     """DDP waits for all of them."""
     method = make(step)
@@ -151,7 +134,7 @@ def test_every_trained_parameter_has_a_gradient(step: int) -> None:
         assert (parameter.grad is not None) != frozen, name
     assert all(p.grad is None for p in method.previous.parameters())
     threshold = method.network.threshold.weight.grad
-    assert bool(threshold.any()) == (step in (8, 13))  # type: ignore[union-attr]
+    assert bool(threshold.any()) == (step in (13, 14))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("step", [5, 10])
@@ -242,7 +225,7 @@ def test_label_edge_cases_are_finite(labels: list[list[int]], precision: str, st
 
 @pytest.mark.parametrize("step", [10, 13])
 def test_one_cell_and_nothing_valid_are_finite(step: int) -> None:
-    method, b = make(step), batch(8, 8)
+    method, b = make(step), batch(height=8, width=8)
     b.valid[1] = False
     loss = total(method, method.step(b).terms)
     loss.backward()
@@ -312,8 +295,9 @@ def test_defaults() -> None:
     assert method.monitor == "on/cpl/miou_ms_flip"
     assert method.loss_weights() == {"area": 1.0}
     published = SpatialBCE(network=method.network, classes=CLASSES)
-    trained = [published.trains_threshold(step) for step in range(200)]
+    trained = [published.trains_threshold(step) for step in range(1800, 2000)]
     assert trained == ([False] * 80 + [True] * 20) * 2
+    assert not any(published.trains_threshold(step) for step in range(1764))
 
 
 @pytest.mark.parametrize(

@@ -244,3 +244,35 @@ def test_a_refined_cam_takes_the_place_of_the_cam_alone(fuse: str) -> None:
         multi_scale(refining, images, (1.0, 0.5), fuse=fuse),
         oracle.multi_scale(network, images, (1.0, 0.5), fuse=fuse),
     )
+
+
+@pytest.mark.parametrize("fuse", ["max", "sum"])
+@pytest.mark.parametrize("flip", [True, False])
+def test_calibrated_maps_keep_their_values(fuse: str, flip: bool) -> None:
+    """The mean over scales and flips, not stretched; the early CAM is treated as ever."""
+    network, images = PatchNetwork(), _images(8, 12)
+
+    def calibrated(images: Tensor, decode: bool = True) -> SimpleNamespace:
+        output = network(images, decode)
+        output.refined_cam, output.calibrated = output.cam.sigmoid() * 0.4 + 0.2, True
+        return output
+
+    found = multi_scale(calibrated, images, (1.0, 0.5), flip=flip, fuse=fuse)
+    maps = []
+    for scale in (1.0, 0.5):
+        size = (round(8 * scale), round(12 * scale))
+        scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        for mirrored in (False, True) if flip else (False,):
+            cam = calibrated(scaled.flip(-1) if mirrored else scaled).refined_cam
+            cam = cam.flip(-1) if mirrored else cam
+            maps.append(F.interpolate(cam, size=(8, 12), mode="bilinear", align_corners=False))
+    torch.testing.assert_close(found.cam, torch.stack(maps).mean(0))
+    assert float(found.cam.min()) >= 0.2
+    assert float(found.cam.max()) <= 0.6
+    plain = multi_scale(network, images, (1.0, 0.5), flip=flip, fuse=fuse)
+    torch.testing.assert_close(found.early_cam, plain.early_cam)
+    labels = torch.zeros(len(images), found.cam.shape[1])
+    labels[:, 0] = 1
+    some = multi_scale(calibrated, images, (1.0, 0.5), flip=flip, fuse=fuse, labels=labels)
+    torch.testing.assert_close(some.cam[:, 0], found.cam[:, 0])
+    assert not some.cam[:, 1:].any()

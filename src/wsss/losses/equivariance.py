@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: keeps normalisation finite, as published
-EPSILON = 1e-5
+from wsss.losses.max_norm import max_norm
 
 
 def equivariant_loss(large: Tensor, small: Tensor, labels: Tensor) -> Tensor:
     """Equivariant regularisation of SEAM (ER): ``mean |r_large - r_small|``.
 
-    r are the max-normalised CAMs, see :func:`max_norm`, 0 for classes that are not in the image.
+    r are the max-normalised CAMs, see :func:`~wsss.losses.max_norm.max_norm`, 0 for classes that
+    are not in the image.
 
     Args:
         large: (B, C, h, w) CAM logits of the image, resized to those of ``small``.
@@ -76,17 +76,6 @@ def min_pooling_loss(refined: Tensor, labels: Tensor, share: float = 0.25) -> Te
     largest = (_float(refined) * labels[:, :, None, None]).amax(1).flatten(1)
     count = max(1, int(largest.shape[1] * share))
     return largest.topk(count, dim=1, largest=False).values.relu().mean()
-
-
-def max_norm(maps: Tensor) -> Tensor:
-    """``relu(r - min r - 1e-5) / (max r - min r + 1e-5)`` with ``r = relu(maps)``.
-
-    Minimum and maximum are those of each image and channel, over the last two dimensions.
-    """
-    positive = _float(maps).relu()
-    low = positive.amin((-2, -1), keepdim=True)
-    high = positive.amax((-2, -1), keepdim=True)
-    return (positive - low - EPSILON).relu() / (high - low + EPSILON)
 
 
 def keep_largest(maps: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from wsss.losses.max_norm import max_norm
 from wsss.losses.precision import full_precision
 
 GATES = ("max_norm", "binomial", "multinomial", "none")
 
-#: Keeps normalisation and logarithm finite, as published.
+#: Keeps the logarithm finite, as published.
 EPSILON = 1e-5
 #: Bytes of a tile of pairs. On a CPU it stays in the cache, elsewhere it keeps the device busy.
 CPU_TILE, DEVICE_TILE = 2**20, 16 * 2**20
@@ -108,7 +109,7 @@ def _predictions(
             kept = absent.int().argsort(1)[:, :most]
             scores, absent = scores.take_along_dim(kept[..., None, None], 1), absent.gather(1, kept)
     if gate == "max_norm":
-        scores = _max_norm(scores, valid)
+        scores = max_norm(scores, valid)
     elif gate == "binomial":
         scores = scores.sigmoid()
     if labels is not None:
@@ -118,14 +119,6 @@ def _predictions(
     if rest is None:
         rest = 1 - scores.amax(1, keepdim=True)
     return torch.cat([scores, rest], 1)
-
-
-def _max_norm(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores from 0 to 1 per image and channel; scores are 0 on padding."""
-    positive = scores.relu()
-    largest = positive.amax((2, 3), keepdim=True)
-    smallest = positive.where(valid[:, None], largest).amin((2, 3), keepdim=True)
-    return (positive - smallest - EPSILON).relu() / (largest - smallest + EPSILON)
 
 
 class _PairSum(torch.autograd.Function):

@@ -157,7 +157,8 @@ class SpatialBCE(Method):
 
     def trains_threshold(self, step: int) -> bool:
         """Whether the optimizer step is one of the threshold's."""
-        return self.adaptive and step % self.cycle >= self.cycle - self.threshold_steps
+        last = step % self.cycle >= self.cycle - self.threshold_steps
+        return self.adaptive and step >= self.loss_warmup_steps and last
 
     @torch.no_grad()
     def area(self, batch: Batch) -> Tensor:

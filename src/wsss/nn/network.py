@@ -28,6 +28,8 @@ class NetworkOutput(NamedTuple):
         features: (B, D, h, w) final patch features (``F``).
         refined_cam: (B, C, h, w) non-negative maps that multi-scale inference takes instead of
             ``cam``; None where a method has none.
+        calibrated: ``refined_cam`` is in [0, 1] and 0.5 means what it says: inference does not
+            stretch it to [0, 1] as it does other maps.
     """
 
     class_logits: Tensor
@@ -37,6 +39,7 @@ class NetworkOutput(NamedTuple):
     seg_logits: Tensor | None
     features: Tensor
     refined_cam: Tensor | None = None
+    calibrated: bool = False
 
 
 class Classifier(nn.Module):

@@ -19,9 +19,7 @@ class SpatialBCENetwork(WSSSNetwork):
     is the sigmoid of a linear layer on the mean of the features.
 
     In evaluation mode, if ``adaptive``, ``refined_cam`` are the probabilities seen from that
-    threshold, ``sigmoid(M - logit(t))``: 0.5 where p is t. Multi-scale inference stretches them to
-    [0, 1] as it does every CAM, so 0.5 of what it gives is the threshold of those maps alone that
-    come near 0 and 1 by themselves.
+    threshold, ``sigmoid(M - logit(t))``, calibrated: cut at 0.5, they are cut where p is t.
 
     Args:
         *args, **kwargs: of :class:`WSSSNetwork`.
@@ -47,7 +45,10 @@ class SpatialBCENetwork(WSSSNetwork):
             logits = self.threshold_logits(output.features)
             refined = (cam.float() - logits[:, :, None, None]).sigmoid()
         return output._replace(
-            class_logits=output.class_logits * scale, cam=cam, refined_cam=refined
+            class_logits=output.class_logits * scale,
+            cam=cam,
+            refined_cam=refined,
+            calibrated=refined is not None,
         )
 
     def threshold_logits(self, features: Tensor) -> Tensor:

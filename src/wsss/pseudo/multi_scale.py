@@ -65,7 +65,8 @@ def multi_scale(
     ``max`` (paper): every CAM is upsampled to the input size (bilinear), ReLU, maximum over
     flips and scales; segmentation logits are averaged. ``sum`` (release): maximum over flips,
     ReLU, sum over scales; segmentation logits are summed. CAMs are then normalised to [0, 1]
-    per image and channel.
+    per image and channel. Calibrated maps (``NetworkOutput.calibrated``) are averaged instead, and
+    keep their values.
 
     Bilinear resizing and the mean commute, so the segmentation logits of a flip pair share one
     upsampling; with ``labels`` only the channels of present classes are upsampled at all.
@@ -110,6 +111,7 @@ def multi_scale(
     segmentation: Tensor | None = None
     class_logits: Tensor | None = None
     single: Tensor | None = None
+    calibrated = False
     for scale in dict.fromkeys([*scales, *cam_scales] if decode else cam_scales):
         segments = decode and scale in scales
         kwargs = {} if segments else {"decode": False}
@@ -121,14 +123,15 @@ def multi_scale(
         if scale in cam_scales:
             refined = getattr(output, "refined_cam", None)
             final = output.cam if refined is None else refined
+            calibrated = getattr(output, "calibrated", False)
             for i, cam in enumerate((final, output.early_cam)):
                 if i == 1 and scale not in early_scales:
                     continue
-                fused = _upsampled_cam(cam, batch, size, present)
+                fused = _upsampled_cam(cam, batch, size, present, mean=i == 0 and calibrated)
                 previous = cams[i]
                 if previous is None:
                     cams[i] = fused
-                elif fuse == "max":
+                elif fuse == "max" and not (i == 0 and calibrated):
                     cams[i] = torch.maximum(previous, fused)
                 else:
                     cams[i] = previous + fused
@@ -152,16 +155,18 @@ def multi_scale(
     if not cam_scales:
         nothing = images.new_zeros((batch, 0, *size))
         return MultiScaleOutput(nothing, nothing, segmentation, class_logits, single)
-    cam, early_cam = (normalise_cam(c) for c in cams if c is not None)
+    cam, early_cam = (c for c in cams if c is not None)
+    cam = cam / len(dict.fromkeys(cam_scales)) if calibrated else normalise_cam(cam)
+    early_cam = normalise_cam(early_cam)
     if present is not None:
         cam, early_cam = present.scatter(cam), present.scatter(early_cam)
     return MultiScaleOutput(cam, early_cam, segmentation, class_logits, single)
 
 
 def _upsampled_cam(
-    cam: Tensor, batch: int, size: tuple[int, int], present: _Present | None
+    cam: Tensor, batch: int, size: tuple[int, int], present: _Present | None, mean: bool = False
 ) -> Tensor:
-    """ReLU and the maximum over the flip pair, at the input size."""
+    """ReLU and the maximum (or mean) over the flip pair, at the input size."""
     cam = cam.float()
     views = [cam[:batch]]
     if cam.shape[0] > batch:
@@ -170,7 +175,8 @@ def _upsampled_cam(
         views = [present.gather(view) for view in views]
     fused = _resize(views[0], size)
     if len(views) > 1:
-        fused = torch.maximum(fused, _resize(views[1], size))
+        other = _resize(views[1], size)
+        fused = (fused + other) / 2 if mean else torch.maximum(fused, other)
     return fused.relu()
 
 
