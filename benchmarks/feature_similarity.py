@@ -16,8 +16,6 @@ import argparse
 import itertools
 import json
 import math
-import os
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +23,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from memory import free_memory, held_memory, peak_memory, synchronize
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -114,13 +113,6 @@ def run_cell(
     return cell
 
 
-def free_memory(device: str) -> int:
-    """Bytes."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Milliseconds, MiB, and how far the windowed form is off."""
     loss = FORMS[arguments.cell]
@@ -145,30 +137,14 @@ def run(
 ) -> tuple[float, Tensor, float]:
     """Value, gradient and seconds, forward and backward."""
     scores = scores.detach().requires_grad_()
-    synchronize(scores)
+    synchronize(scores.device.type)
     start = time.perf_counter()
     value = loss(scores, images)
     value.backward()
-    synchronize(scores)
+    synchronize(scores.device.type)
     seconds = time.perf_counter() - start
     assert scores.grad is not None
     return value.item(), scores.grad, seconds
-
-
-def held_memory(device: str) -> int:
-    """Bytes that a peak starts from: on a CPU the peak so far, which imports do not fall from."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return peak_memory(device)
-
-
-def peak_memory(device: str) -> int:
-    """Bytes of this process at their most."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def make_inputs(batch: int, classes: int, side: int, device: str) -> tuple[Tensor, Tensor]:
@@ -212,11 +188,6 @@ def dense(scores: Tensor, images: Tensor) -> Tensor:
 
 
 FORMS = {"window": window, "exact": exact, "dense": dense}
-
-
-def synchronize(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+from memory import free_memory, held_memory, peak_memory, synchronize
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -165,34 +164,6 @@ def run(work: Callable[[], None], device: str) -> float:
     work()
     synchronize(device)
     return time.perf_counter() - start
-
-
-def free_memory(device: str) -> int:
-    """Bytes."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def held_memory(device: str) -> int:
-    """Bytes that a peak starts from: on a CPU the peak so far, which imports do not fall from."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return peak_memory(device)
-
-
-def peak_memory(device: str) -> int:
-    """Bytes of this process at their most."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ class SpatialBCE(Method):
     probability is kept near the class's area (the self-supervised task, "area"); the threshold is
     the one that leaves that area above it. In the last steps of a cycle the threshold head learns
     from the same curve with the probabilities held fixed ("threshold"); the encoder learns on in
-    them, from "area" and through the features that the head sees. With ``adaptive`` inference sees
-    the probabilities from what the head has learned, see
+    them, from "area" and through the features that the head sees. With ``adaptive`` inference cuts
+    the probabilities at what the head has learned, see
     :class:`~wsss.nn.spatial_bce.SpatialBCENetwork`. Without, there are no such steps, and the CAM
     of the logits is cut at a fixed threshold, as every other method's. Add-ons act where something
     is classified, in the former steps alone.
