@@ -87,9 +87,11 @@ def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) 
             f"backbone.weights is not set, and '{backbone.name}' would keep parts of its random "
             f"start ({', '.join(frozen)}): give a weights file, or train from scratch with {off}."
         )
+    neck = cfg.get("neck") or {}  # checkpoints of versions without necks have none
     return method_class(cfg).network_class(
         backbone.name,
         num_classes,
+        neck=hydra.utils.instantiate(neck, _convert_="all") if "_target_" in neck else None,
         early_block=backbone.early_block,
         early_norm=backbone.early_norm,
         pretrained=bool(backbone.pretrained) and weights is None and load_weights,

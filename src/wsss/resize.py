@@ -1,7 +1,7 @@
-"""Bilinear resizing, cheaper where more is known: of small maps, and of a function of pixels.
+"""Resizing, cheaper where more is known: of small maps, of a function of pixels, of labels.
 
-``align_corners=False``, without antialiasing: what ``torch.nn.functional.interpolate`` computes.
-Its backward is the most expensive part of CoSA's losses on a CPU, and not deterministic on a GPU;
+Bilinear: ``align_corners=False``, without antialiasing, as ``torch.nn.functional.interpolate``. Its
+backward is the most expensive part of CoSA's losses on a CPU, and not deterministic on a GPU;
 for small maps two small matrices do the same in a tenth of the time.
 """
 
@@ -77,6 +77,13 @@ def resize_after(
     y = torch.lerp(y[..., 0], y[..., 1], column_weight.to(y))
     y = y.unflatten(-2, (height, 2))
     return torch.lerp(y[..., 0, :], y[..., 1, :], row_weight.to(y)[:, None])
+
+
+def nearest(x: Tensor, height: int, width: int) -> Tensor:
+    """(..., H, W) of any dtype to (..., height, width): target i from ``floor(i * H / height)``."""
+    rows = torch.arange(height, device=x.device) * x.shape[-2] // height
+    columns = torch.arange(width, device=x.device) * x.shape[-1] // width
+    return x[..., rows[:, None], columns]
 
 
 def valid_on_grid(valid: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,11 +13,11 @@ from torch import Tensor
 from tests.oracle import mctformer as oracle
 from wsss.errors import UserError
 from wsss.nn import WSSSNetwork
+from wsss.nn.attention import mean_attention
 from wsss.nn.mctformer import (
     MCTformerNetwork,
     class_to_patch_attention,
     fuse_attention_and_cam,
-    mean_attention,
     patch_affinity_refine,
 )
 from wsss.pseudo import multi_scale, normalise_cam

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss.errors import UserError
+from wsss.nn import NetworkOutput, WSSSNetwork
+from wsss.pseudo import normalise_cam
 
 CAMS = ("cam", "early_cam")
 
@@ -24,6 +27,11 @@ class View:
         images: (B, 3, H, W) RGB in [0, 1] with the image's own colours, at any size.
         labels: (B, C) 0/1.
         valid: (B, H', W') bool, False on padding; perhaps of another size than ``images``.
+        output: all that the pass gave; None where a method shows the CAM alone.
+        activations: (B, C, H'', W'') the same CAM as the method makes pseudo-labels of it, fused
+            over scales, in [0, 1], absent classes 0; None where it makes none in this step.
+        affinity: (B, N, N) of the positions of the grid, with gradient, and
+        label: (B, H, W) int64 pseudo-label, where the method made them itself.
     """
 
     cam: str
@@ -32,6 +40,24 @@ class View:
     images: Tensor
     labels: Tensor
     valid: Tensor
+    output: NetworkOutput | None = None
+    activations: Tensor | None = None
+    affinity: Tensor | None = None
+    label: Tensor | None = None
+
+    def certainties(self) -> Tensor:
+        """(B, C, H, W) in [0, 1], absent classes 0, no gradient, at the size of ``valid``.
+
+        ``activations``, or what this pass alone says.
+        """
+        maps = self.activations
+        if maps is None:
+            maps = normalise_cam(self.scores.detach().float().relu())
+            maps = maps * self.labels[:, :, None, None]
+        size = (self.valid.shape[-2], self.valid.shape[-1])
+        if maps.shape[-2:] == size:
+            return maps
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 class Step(NamedTuple):
@@ -52,6 +78,7 @@ class AddOn(nn.Module):
     Args:
         cams: which it acts on: ``cam``, ``early_cam`` or both.
         scale: factor of the loss; None takes 1 with SGD and 0.1 with AdamW, as published.
+        start_step: optimizer step from which it takes part.
 
     Raises:
         UserError: no CAM, or an unknown one.
@@ -61,12 +88,22 @@ class AddOn(nn.Module):
     #: it stands next to
     name: str
 
-    def __init__(self, cams: Sequence[str] = ("cam",), scale: float | None = None) -> None:
+    def __init__(
+        self, cams: Sequence[str] = ("cam",), scale: float | None = None, start_step: int = 0
+    ) -> None:
         super().__init__()
         if not cams or not set(cams) <= set(CAMS):
             raise UserError(f"addon.{self.name}.cams={list(cams)}: choose from {', '.join(CAMS)}.")
         self.cams = tuple(cams)
         self.scale = scale
+        self.start_step = start_step
+
+    def prepare(self, network: WSSSNetwork) -> None:
+        """Check that a network gives what it needs, and ask for it.
+
+        Raises:
+            UserError: it does not.
+        """
 
     def loss(self, view: View) -> Tensor:
         """Its value on one view, without weight."""

@@ -30,7 +30,7 @@ class FeatureSimilarity(AddOn):
         window: radius of the pairs that count, in pixels of the upsampled CAM; None takes 3 sigma,
             beyond which the Gaussian is below 1.1 % of its peak; 0 takes all pairs.
         background: also a background channel, as in the published SEAM version.
-        cams, scale: of :class:`~wsss.addons.AddOn`.
+        cams, scale, start_step: of :class:`~wsss.addons.AddOn`.
 
     Raises:
         UserError: unknown gate, or a sigma, factor or window that cannot be.
@@ -48,8 +48,9 @@ class FeatureSimilarity(AddOn):
         background: bool = False,
         cams: Sequence[str] = ("cam",),
         scale: float | None = None,
+        start_step: int = 0,
     ) -> None:
-        super().__init__(cams, scale)
+        super().__init__(cams, scale, start_step)
         if gate not in GATES:
             raise UserError(f"addon.fsl.gate='{gate}': choose one of {', '.join(GATES)}.")
         for key, value, least in (

@@ -21,7 +21,8 @@ class ImportanceSampling(AddOn):
         weight: lambda; 0.2 for the binomial form, 0.6 for the multinomial one.
         num_samples: pixels drawn for each image and class.
         posterior: what they are drawn from, ``binomial`` or ``multinomial``.
-        cams, scale: of :class:`~wsss.addons.AddOn`; ``scale`` is a factor of ``L_is`` alone.
+        cams, scale, start_step: of :class:`~wsss.addons.AddOn`; ``scale`` is a factor of ``L_is``
+            alone.
 
     Raises:
         UserError: a weight outside [0, 1], no samples, an unknown posterior.
@@ -36,8 +37,9 @@ class ImportanceSampling(AddOn):
         posterior: str = "binomial",
         cams: Sequence[str] = ("cam",),
         scale: float | None = None,
+        start_step: int = 0,
     ) -> None:
-        super().__init__(cams, scale)
+        super().__init__(cams, scale, start_step)
         if not 0 <= weight <= 1:
             raise UserError(f"addon.isl.weight={weight}: it is a share, from 0 to 1.")
         if num_samples < 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wsss.losses.precision import full_precision
 from wsss.pseudo.labels import IGNORE_INDEX
-from wsss.resize import resize_small
+from wsss.resize import nearest, resize_small
 
 #: Pixels a block holds at most. Smaller blocks leave out more pairs, larger ones cost fewer calls.
 BLOCK = 256
@@ -84,11 +84,11 @@ def dense_energy_loss(
     if probabilities.dtype != torch.float64:
         probabilities = probabilities.float()
     segmentation = resize_small(probabilities, height, width)
-    label = _nearest(label, height, width)
-    valid = _nearest(valid, height, width)
+    label = nearest(label, height, width)
+    valid = nearest(valid, height, width)
     segmentation = segmentation.masked_fill(~valid[:, None], 0)
     with torch.no_grad(), full_precision(segmentation.device):
-        colours = _nearest(images, height, width).to(segmentation.dtype)
+        colours = nearest(images, height, width).to(segmentation.dtype)
         gate = (1 - segmentation.amax(1)).clamp(min=0)
         gate = gate.masked_fill(label == IGNORE_INDEX, 1).masked_fill(~valid, 0)
         pull = torch.zeros_like(segmentation)
@@ -196,13 +196,6 @@ def _features(colours: Tensor, sigma_rgb: float, sigma_xy: float) -> Tensor:
     x = torch.arange(width, device=colours.device, dtype=colours.dtype)
     place = torch.stack([y.expand(height, width), x.expand(height, width)]) / sigma_xy
     return torch.cat([place, colours / sigma_rgb]).flatten(1).T * math.sqrt(0.5 / math.log(2))
-
-
-def _nearest(image: Tensor, height: int, width: int) -> Tensor:
-    """(..., H, W) of any dtype, target i from source ``floor(i * source / target)``."""
-    rows = torch.arange(height, device=image.device) * image.shape[-2] // height
-    columns = torch.arange(width, device=image.device) * image.shape[-1] // width
-    return image[..., rows[:, None], columns]
 
 
 def _check(

@@ -6,5 +6,6 @@ from wsss.methods.mctformer import MCTformer
 from wsss.methods.seam import SEAM
 from wsss.methods.spatial_bce import SpatialBCE
 from wsss.methods.supervised import Supervised
+from wsss.methods.unia import UniA
 
-__all__ = ["CAM", "SEAM", "CoSA", "MCTformer", "SpatialBCE", "Supervised"]
+__all__ = ["CAM", "SEAM", "CoSA", "MCTformer", "SpatialBCE", "Supervised", "UniA"]

@@ -20,6 +20,7 @@ from wsss.methods.optimizer import OPTIMIZERS, make_optimizer
 from wsss.methods.schedule import warmup_poly
 from wsss.metrics.protocols import ProtocolScores
 from wsss.nn import NetworkOutput, WSSSNetwork
+from wsss.pseudo import MultiScaleOutput
 
 CHECKPOINT_KEY = "wsss"
 #: raised when an older version could not read what a newer one writes
@@ -169,13 +170,22 @@ class Method(L.LightningModule):
             terms["cls_early"] = classification_loss(output.early_class_logits, batch.labels)
         return terms
 
-    def views(self, output: NetworkOutput, batch: Batch) -> tuple[View, ...]:
-        """What add-ons may act on: the CAMs whose terms :meth:`classification` gives."""
+    def views(
+        self, output: NetworkOutput, batch: Batch, activations: MultiScaleOutput | None = None
+    ) -> tuple[View, ...]:
+        """What add-ons may act on: the CAMs whose terms :meth:`classification` gives.
+
+        Args:
+            output: of the pass on the strong view.
+            batch: the micro-batch.
+            activations: what the method's pseudo-labels are made of, if it made any.
+        """
         # The weak view has the colours of the image; the strong one may be solarised.
-        about = (batch.weak, batch.labels, batch.valid)
-        views = [View("cam", "cls", output.cam, *about)]
+        about = (batch.weak, batch.labels, batch.valid, output)
+        fused = (None, None) if activations is None else (activations.cam, activations.early_cam)
+        views = [View("cam", "cls", output.cam, *about, fused[0])]
         if self.evaluates_early_cam:
-            views.append(View("early_cam", "cls_early", output.early_cam, *about))
+            views.append(View("early_cam", "cls_early", output.early_cam, *about, fused[1]))
         return tuple(views)
 
     def _check_addons(self) -> None:
@@ -189,12 +199,15 @@ class Method(L.LightningModule):
                     f"addon.{name} acts on '{cam}', but method={self.short_name()} "
                     f"trains no {which}: leave it out or change addon.{name}.cams."
                 )
+            addon.prepare(self.network)  # type: ignore[operator]
 
     def with_addons(self, step: Step) -> tuple[dict[str, Tensor], dict[str, float]]:
         """All terms of a step and their weights; a term that is not named counts 1."""
         own_weights = self.loss_weights()
         terms, weights = dict(step.terms), dict(own_weights)
         for addon in self.addons.values():
+            if self.trainer.global_step < addon.start_step:  # type: ignore[operator]
+                continue
             scale = ADDON_SCALE[self.optimizer]
             addon.add_to(step, terms, weights, own_weights, scale)  # type: ignore[operator]
         return terms, weights

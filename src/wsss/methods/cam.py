@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wsss.addons import Step
 from wsss.data.batch import Batch
 from wsss.losses import cam2seg_loss
+from wsss.methods.activations import own_activations
 from wsss.methods.base import Method
-from wsss.pseudo import cam_pseudo_label, multi_scale
+from wsss.pseudo import MultiScaleOutput, cam_pseudo_label
 
 
 class CAM(Method):
@@ -56,22 +56,19 @@ class CAM(Method):
     def step(self, batch: Batch) -> Step:
         output = self.network(batch.strong, decode=self.segment)
         terms = self.classification(output, batch)
+        activations = None
         if self.segment:
             assert output.seg_logits is not None
             if self.trainer.global_step >= self.loss_warmup_steps:
-                label = self.label(batch)
+                activations = own_activations(
+                    self.network, batch.weak, self.cam_scales, batch.labels
+                )
+                label = self.label(activations, batch)
                 terms["c2s"] = cam2seg_loss(output.seg_logits, label, balanced=self.balanced)
             else:
                 terms["c2s"] = output.seg_logits.sum() * 0.0  # DDP wants every gradient
-        return Step(terms, self.views(output, batch))
+        return Step(terms, self.views(output, batch, activations))
 
-    @torch.no_grad()
-    def label(self, batch: Batch) -> Tensor:
-        """CAM pseudo-labels (B, H, W) of the weak view."""
-        was_training = self.network.training
-        self.network.eval()  # no stochastic depth, and batch statistics see the strong view alone
-        out = multi_scale(
-            self.network, batch.weak, self.cam_scales, labels=batch.labels, decode=False
-        )
-        self.network.train(was_training)
-        return cam_pseudo_label(out.cam, self.threshold, batch.valid, batch.labels)
+    def label(self, activations: MultiScaleOutput, batch: Batch) -> Tensor:
+        """CAM pseudo-labels (B, H, W)."""
+        return cam_pseudo_label(activations.cam, self.threshold, batch.valid, batch.labels)

@@ -260,15 +260,17 @@ class CoSA(Method):
     def step(self, batch: Batch) -> Step:
         step = self.trainer.global_step
         if step < self.loss_warmup_steps:
+            assigned = None
             if step >= self.loss_warmup_steps - self.threshold_fill_steps:
-                self.update_thresholds(self.assign(batch, decode=False), batch.valid)
+                assigned = self.assign(batch, decode=False)
+                self.update_thresholds(assigned, batch.valid)
             output = self.network(batch.strong, decode=False)
-            return Step(self._warmup_losses(output, batch), self.views(output, batch))
+            return Step(self._warmup_losses(output, batch), self.views(output, batch, assigned))
 
         assigned = self.assign(batch)
         pseudo = self.label(assigned, self.update_thresholds(assigned, batch.valid), batch)
         output = self.network(batch.strong)
-        return Step(self.co_training(output, pseudo, batch), self.views(output, batch))
+        return Step(self.co_training(output, pseudo, batch), self.views(output, batch, assigned))
 
     def co_training(
         self, output: NetworkOutput, pseudo: PseudoLabels, batch: Batch

@@ -99,8 +99,8 @@ class SEAM(Method):
         # The weak view has the colours of the image.
         small_images = self.shrink(batch.weak)
         views = (
-            View("cam", "cls", large.cam, batch.weak, labels, batch.valid),
-            View("cam", "cls_small", small.cam, small_images, labels, batch.valid),
+            View("cam", "cls", large.cam, batch.weak, labels, batch.valid, large),
+            View("cam", "cls_small", small.cam, small_images, labels, batch.valid, small),
         )
         return Step(terms, views)
 

@@ -15,21 +15,9 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from wsss.errors import UserError
+from wsss.nn.attention import attention_of_qkv, keep_attention
 from wsss.nn.encoder import ViTEncoder
-from wsss.nn.network import NetworkOutput, WSSSNetwork
-
-
-def mean_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Softmax attention, mean over the heads: (B, H, T, d) twice -> (B, T, T) in fp32.
-
-    Head by head, so that the (B, H, T, T) of all of them never exists.
-    """
-    heads = query.shape[1]
-    total = query.new_zeros((query.shape[0], query.shape[2], key.shape[2]), dtype=torch.float32)
-    for head in range(heads):
-        logits = (query[:, head] * scale) @ key[:, head].transpose(-2, -1)
-        total += logits.float().softmax(dim=-1)
-    return total / heads
+from wsss.nn.network import NetworkOutput, WSSSNetwork, between_patches
 
 
 def class_to_patch_attention(attention: Tensor, num_classes: int, num_patches: int) -> Tensor:
@@ -153,10 +141,15 @@ class MCTformerNetwork(WSSSNetwork):
     ) -> tuple[NetworkOutput, Tensor]:
         """The output, and the logits (B, C) of the class tokens: the mean of their channels."""
         grid = self.encoder.grid(images.shape[-2], images.shape[-1])
-        with self._observed(grid[0] * grid[1]) as seen:
+        with (
+            self._observed(grid[0] * grid[1]) as seen,
+            keep_attention(self.encoder, self.wanted_attention) as attention,
+        ):
             self.encoder(images)
         class_tokens = seen.tokens[:, : self.num_classes]
-        features = seen.tokens[:, -seen.num_patches :].transpose(1, 2).unflatten(2, grid)
+        tokens = seen.tokens[:, -seen.num_patches :].transpose(1, 2).unflatten(2, grid)
+        neck = self.apply_neck(tokens)
+        features = neck.features
         class_logits, cam = self.classifier(features)
         output = NetworkOutput(
             class_logits,
@@ -166,6 +159,9 @@ class MCTformerNetwork(WSSSNetwork):
             self.decoder(features) if decode else None,
             features,
             refined_cam=None if self.training else self._refined(cam, seen),
+            tokens=tokens,
+            neck=neck,
+            attention=between_patches(attention, seen.num_patches),
         )
         return output, class_tokens.mean(dim=-1)
 
@@ -225,8 +221,7 @@ class _Seen:
         inputs: Any,
         out: Tensor,
     ) -> None:
-        query, key, _ = out.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        attention = mean_attention(attn.q_norm(query), attn.k_norm(key), attn.scale)
+        attention = attention_of_qkv(attn, out)
         if to_classes:
             self.class_attention += class_to_patch_attention(
                 attention, self.num_classes, self.num_patches

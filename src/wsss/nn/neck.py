@@ -100,7 +100,7 @@ class UncertaintyNeck(nn.Module):
         if not (channel or spatial):
             raise UserError(
                 "neck.channel=false and neck.spatial=false leave nothing to infer the uncertainty "
-                "by: keep one of them, or choose neck=identity."
+                "by: keep one of them, or choose neck=none."
             )
         if window < 1:
             raise UserError(f"neck.window={window}: a window has at least 1 position a side.")
@@ -136,6 +136,10 @@ class UncertaintyNeck(nn.Module):
         uncertainty = min_max(sigma, (1, 2) if self.scale == "image" else (1,))
         certain = ((1 - uncertainty) * tokens).to(tokens.dtype)
         masked = self.masking(tokens, certain)
+        if self.training:
+            # mu reaches no head. Without the distribution loss its layers would have no gradient,
+            # where DDP wants one for every parameter.
+            masked = masked + (0 * mu.mean()).to(masked.dtype)
         grid = (features.shape[2], features.shape[3])
         return NeckOutput(*(_maps(x, grid) for x in (masked, mu, sigma, uncertainty)))
 

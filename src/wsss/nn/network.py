@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from wsss.errors import UserError
+from wsss.nn.attention import choose_blocks, keep_attention
 from wsss.nn.decoder import LargeFOV
 from wsss.nn.encoders import make_encoder
+from wsss.nn.neck import NeckOutput
 
 POOLINGS = ("gmp", "gap")
 
@@ -25,11 +28,15 @@ class NetworkOutput(NamedTuple):
         early_cam: (B, C, h, w) CAM logits of the early features.
         seg_logits: (B, C + 1, h, w) decoder logits (``S``), background first; None when the
             decoder was not asked for.
-        features: (B, D, h, w) final patch features (``F``).
+        features: (B, D, h, w) final patch features that the heads see (``F``).
         refined_cam: (B, C, h, w) non-negative maps that multi-scale inference takes instead of
             ``cam``; None where a method has none.
         calibrated: ``refined_cam`` is in [0, 1] and 0.5 means what it says: inference does not
             stretch it to [0, 1] as it does other maps.
+        tokens: (B, D, h, w) the encoder's final features, before a neck; without one ``features``.
+        neck: what the neck gave; its fields but ``features`` are None without one.
+        attention: (B, N, N) of the N = h w positions, rows attend to columns, mean over heads and
+            chosen blocks (:meth:`WSSSNetwork.want_attention`); None where nobody wants it.
     """
 
     class_logits: Tensor
@@ -40,6 +47,9 @@ class NetworkOutput(NamedTuple):
     features: Tensor
     refined_cam: Tensor | None = None
     calibrated: bool = False
+    tokens: Tensor | None = None
+    neck: NeckOutput | None = None
+    attention: Tensor | None = None
 
 
 class Classifier(nn.Module):
@@ -89,6 +99,8 @@ class WSSSNetwork(nn.Module):
         weights: local weights file for the encoder.
         decoder: any module (B, D, h, w) -> (B, C + 1, h, w); None builds :class:`LargeFOV`.
         early_norm: final norm on the early features too, see :class:`~wsss.nn.ViTEncoder`.
+        neck: between the encoder's final features and the heads: a module (B, D, h, w) ->
+            :class:`~wsss.nn.NeckOutput` or tensor, or a function of D that makes one; None: none.
         **backbone_kwargs: further options of the encoder, see :func:`~wsss.nn.make_encoder`.
 
     Example:
@@ -106,6 +118,7 @@ class WSSSNetwork(nn.Module):
         weights: str | Path | None = None,
         decoder: nn.Module | None = None,
         early_norm: bool = False,
+        neck: nn.Module | Callable[[int], nn.Module] | None = None,
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -114,6 +127,9 @@ class WSSSNetwork(nn.Module):
             backbone, early_block, early_norm, pretrained, weights, **backbone_kwargs
         )
         dim = self.encoder.dim
+        self.neck = neck if neck is None or isinstance(neck, nn.Module) else neck(dim)
+        # Blocks whose attention a pass in training mode keeps.
+        self._kept_blocks: tuple[int, ...] = ()
         self.classifier = Classifier(dim, num_classes)
         self.early_classifier = Classifier(self.encoder.early_dim, num_classes)
         self.decoder = LargeFOV(dim, num_classes + 1) if decoder is None else decoder
@@ -130,11 +146,52 @@ class WSSSNetwork(nn.Module):
             images: (B, 3, H, W) RGB in [0, 1]; normalised here with the backbone's own settings.
             decode: False leaves the decoder out (``seg_logits`` is None).
         """
-        features, early = self.encoder(images)
-        class_logits, cam = self.classifier(features)
+        with keep_attention(self.encoder, self.wanted_attention) as attention:
+            tokens, early = self.encoder(images)
+        neck = self.apply_neck(tokens)
+        class_logits, cam = self.classifier(neck.features)
         early_class_logits, early_cam = self.early_classifier(early)
-        seg_logits = self.decoder(features) if decode else None
-        return NetworkOutput(class_logits, early_class_logits, cam, early_cam, seg_logits, features)
+        return NetworkOutput(
+            class_logits,
+            early_class_logits,
+            cam,
+            early_cam,
+            self.decoder(neck.features) if decode else None,
+            neck.features,
+            tokens=tokens,
+            neck=neck,
+            attention=between_patches(attention, tokens.shape[2:].numel()),
+        )
+
+    def apply_neck(self, tokens: Tensor) -> NeckOutput:
+        """What the neck makes of the encoder's final features (B, D, h, w)."""
+        if self.neck is None:
+            return NeckOutput(tokens)
+        output = self.neck(tokens)
+        return output if isinstance(output, NeckOutput) else NeckOutput(output)
+
+    def want_attention(self, blocks: Sequence[int]) -> None:
+        """Keep the attention of blocks in each pass in training mode.
+
+        Args:
+            blocks: numbers, from the end where negative.
+
+        Raises:
+            UserError: an encoder without attention or without such a block, or somebody who wants
+                other blocks.
+        """
+        chosen = choose_blocks(self.encoder, blocks)
+        if self._kept_blocks not in ((), chosen):
+            raise UserError(
+                f"Attention is wanted of blocks {list(self._kept_blocks)} and of "
+                f"{list(chosen)}: give method.blocks and addon.affinity.blocks one value."
+            )
+        self._kept_blocks = chosen
+
+    @property
+    def wanted_attention(self) -> tuple[int, ...]:
+        """The blocks whose attention the next pass keeps."""
+        return self._kept_blocks if self.training else ()
 
     def set_pooling(self, pooling: str) -> None:
         """How image logits pool the features: ``gmp``, the maximum, or ``gap``, the mean.
@@ -147,13 +204,24 @@ class WSSSNetwork(nn.Module):
         self.classifier.pooling = self.early_classifier.pooling = pooling
 
     def reset_heads(self) -> None:
-        """Draw new weights for classifiers and decoder; a given decoder that cannot stays."""
-        for head in (self.classifier, self.early_classifier, self.decoder):
+        """Draw new weights for neck, classifiers and decoder; a given one that cannot stays."""
+        for head in self._heads:
             reset = getattr(head, "reset_parameters", None)
             if callable(reset):
                 reset()
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the classifiers and the decoder: those with the larger learning rate."""
-        heads = (self.classifier, self.early_classifier, self.decoder)
-        return [parameter for head in heads for parameter in head.parameters()]
+        """Parameters of neck, classifiers and decoder: those with the larger learning rate."""
+        return [parameter for head in self._heads for parameter in head.parameters()]
+
+    @property
+    def _heads(self) -> list[nn.Module]:
+        neck = [] if self.neck is None else [self.neck]
+        return [*neck, self.classifier, self.early_classifier, self.decoder]
+
+
+def between_patches(attention: Sequence[Tensor], count: int) -> Tensor | None:
+    """Attention among the last ``count`` of all tokens, the patches: mean of (B, T, T) matrices."""
+    if not attention:
+        return None
+    return torch.stack([matrix[:, -count:, -count:] for matrix in attention]).mean(0)

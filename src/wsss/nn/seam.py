@@ -104,13 +104,22 @@ class SEAMNetwork(WSSSNetwork):
             The output, and (B, C + 1, h, w) in [0, 1], background first.
         """
         stages = self.encoder.pyramid(images)  # type: ignore[operator]
-        features = stages[-1]
+        neck = self.apply_neck(stages[-1])
+        features = neck.features
         class_logits, cam = self.classifier(self.dropout(features))
         normalised = (images - self.encoder.mean) / self.encoder.std
         refined = self.correlation(suppressed(cam.detach()), stages[-3:-1], normalised)
         seg_logits = self.decoder(features) if decode else None
         output = NetworkOutput(
-            class_logits, class_logits, cam, cam, seg_logits, features, refined[:, 1:]
+            class_logits,
+            class_logits,
+            cam,
+            cam,
+            seg_logits,
+            features,
+            refined[:, 1:],
+            tokens=stages[-1],
+            neck=neck,
         )
         return output, refined
 

@@ -10,6 +10,7 @@ from wsss.pseudo.labels import (
     two_threshold_label,
 )
 from wsss.pseudo.multi_scale import MultiScaleOutput, multi_scale, normalise_cam
+from wsss.pseudo.mutual import MutualLabels, MutualRefinement
 from wsss.pseudo.perplexity import perplexity, reliability_weight
 from wsss.pseudo.refine import PixelAdaptiveRefinement
 from wsss.pseudo.threshold import (
@@ -30,6 +31,8 @@ __all__ = [
     "FixedThresholds",
     "MixtureThresholds",
     "MultiScaleOutput",
+    "MutualLabels",
+    "MutualRefinement",
     "PixelAdaptiveRefinement",
     "cam_pseudo_label",
     "dense_crf",

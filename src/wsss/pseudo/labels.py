@@ -34,17 +34,39 @@ def cam_pseudo_label(
     low, high = threshold if pair else (threshold, threshold)  # type: ignore[misc]
     if labels is None:
         return two_threshold_label(cam, low, high, valid)
-    # Present classes first, both groups in class order; an image with fewer of them than another
-    # also compares absent classes, which are 0 and never above the threshold.
-    count = int(labels.bool().sum(1).max().clamp(min=1))
-    channels = labels.bool().int().argsort(dim=1, descending=True, stable=True)[:, :count]
-    few = cam.gather(1, channels[:, :, None, None].expand(-1, -1, *cam.shape[-2:]))
-    label = two_threshold_label(few, low, high)
-    undecided = label == IGNORE_INDEX
-    lookup = torch.cat([channels.new_zeros(len(channels), 1), channels + 1], dim=1)
-    label = lookup.gather(1, label.masked_fill(undecided, 0).flatten(1)).view_as(label)
-    label = label.masked_fill(undecided, IGNORE_INDEX)
-    return label if valid is None else torch.where(valid, label, IGNORE_INDEX)
+    present = PresentChannels(labels)
+    return present.names(two_threshold_label(present.take(cam), low, high), valid)
+
+
+class PresentChannels:
+    """The channels of present classes, so that absent ones need not be computed.
+
+    Present classes come first, both groups in class order; an image with fewer of them than another
+    also has absent classes, which are 0 and never above a threshold.
+
+    Args:
+        labels: (B, C) 0/1.
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        count = int(labels.bool().sum(1).max().clamp(min=1))
+        self._channels = labels.bool().int().argsort(dim=1, descending=True, stable=True)[:, :count]
+
+    def take(self, cam: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K, H, W), K the largest number of classes that an image holds."""
+        index = self._channels[:, :, None, None].expand(-1, -1, *cam.shape[-2:])
+        return cam.gather(1, index)
+
+    def names(self, label: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Label (B, H, W) of classes for one of taken channels: 0, 1..K and 255.
+
+        It is 255 where ``valid`` (B, H, W) is False.
+        """
+        undecided = label == IGNORE_INDEX
+        lookup = F.pad(self._channels + 1, (1, 0))
+        label = lookup.gather(1, label.masked_fill(undecided, 0).flatten(1)).view_as(label)
+        label = label.masked_fill(undecided, IGNORE_INDEX)
+        return label if valid is None else torch.where(valid, label, IGNORE_INDEX)
 
 
 def two_threshold_label(

@@ -1,0 +1,91 @@
+"""UniA's affinity diversification as an add-on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from wsss.addons.base import AddOn, View
+from wsss.errors import UserError
+from wsss.losses import contrastive_affinity_loss
+from wsss.nn import WSSSNetwork
+from wsss.pseudo import MutualRefinement, symmetric_affinity
+from wsss.resize import nearest
+
+
+class Affinity(AddOn):
+    """Parts the attention between positions by a mutually refined label (UniA, eq. 11 to 16).
+
+    The label is made of the CAM that the method makes pseudo-labels of, where it makes any, and of
+    the affinity itself; the method's own labels stay as they are. ``method=unia`` makes that label
+    for its decoder too, and this takes it. Needs a plain ViT.
+
+    Args:
+        weight: of the loss next to a classification term of weight 1.
+        blocks: of the ViT, whose attention is the affinity, counted from the end where negative.
+        temperature, log: of :func:`~wsss.losses.contrastive_affinity_loss`.
+        scale_affinity: times the number of positions, so that 1 is the affinity of two positions
+            that know nothing of each other, whatever the grid. Without it all affinities are near
+            1/N, and the loss has next to no gradient.
+        high, low, power, walk_steps, renormalise, par_scale: of
+            :class:`~wsss.pseudo.MutualRefinement`.
+        start_step, cams: of :class:`~wsss.addons.AddOn`.
+
+    Raises:
+        UserError: a temperature that is not positive.
+        ValueError: of :class:`~wsss.pseudo.MutualRefinement`.
+    """
+
+    name = "affinity"
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        blocks: Sequence[int] = (-1,),
+        temperature: float = 0.5,
+        log: bool = False,
+        scale_affinity: bool = False,
+        high: float = 0.7,
+        low: float = 0.25,
+        power: float = 2.0,
+        walk_steps: int = 1,
+        renormalise: bool = True,
+        par_scale: float = 0.5,
+        start_step: int = 0,
+        cams: Sequence[str] = ("cam",),
+    ) -> None:
+        super().__init__(cams, 1.0, start_step)
+        if temperature <= 0:
+            raise UserError(f"addon.affinity.temperature={temperature}: give a positive number.")
+        self.factor = weight
+        self.blocks = tuple(blocks)
+        self.temperature = temperature
+        self.log = log
+        self.scale_affinity = scale_affinity
+        self.refinement = MutualRefinement(high, low, power, walk_steps, renormalise, par_scale)
+
+    @property
+    def weight(self) -> float:
+        return self.factor
+
+    def prepare(self, network: WSSSNetwork) -> None:
+        network.want_attention(self.blocks)
+
+    def loss(self, view: View) -> Tensor:
+        affinity = view.affinity
+        if affinity is None:
+            assert view.output is not None
+            assert view.output.attention is not None
+            affinity = symmetric_affinity(view.output.attention)
+        grid = (view.scores.shape[-2], view.scores.shape[-1])
+        label = view.label
+        if label is None:
+            label = self.refinement(
+                view.certainties(), affinity.detach(), grid, view.images, view.labels, view.valid
+            ).label
+        if self.scale_affinity:
+            affinity = affinity * affinity.shape[-1]
+        return contrastive_affinity_loss(
+            affinity, nearest(label, *grid), self.temperature, self.log
+        )

@@ -1,0 +1,145 @@
+"""From activations and affinity to UniA's pseudo-labels: P1, P2, P3 and what they make together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wsss.pseudo.affinity import mutual_complement, random_walk
+from wsss.pseudo.labels import PresentChannels, two_threshold_label
+from wsss.pseudo.multi_scale import normalise_cam
+from wsss.pseudo.refine import PixelAdaptiveRefinement
+
+
+class MutualLabels(NamedTuple):
+    """Labels (B, H, W), int64: 0 background, 1..C, 255 undecided and on padding.
+
+    Attributes:
+        p1: of the reweighted activations.
+        p2: of these after pixel-adaptive refinement.
+        p3: of the activations after the random walk.
+        label: P, see :func:`~wsss.pseudo.mutual_complement`.
+    """
+
+    p1: Tensor
+    p2: Tensor
+    p3: Tensor
+    label: Tensor
+
+
+class MutualRefinement:
+    """Mutual complementing refinement (UniA, section III-D).
+
+    Reweighted activations are those above ``high``, all others 0 (eq. 8). A label has a class from
+    ``high`` on, background below ``low``, and 255 in between. What the paper leaves open:
+
+    - A random walk averages, so that its peaks are lower than those it started from: activations
+      are brought to [0, 1] again before the thresholds (``renormalise``), which were chosen for
+      maps that reach 1.
+    - Pixel-adaptive refinement runs on a smaller image (``par_scale``), as in ToCo.
+
+    Args:
+        high, low: thresholds.
+        power, walk_steps: of :func:`~wsss.pseudo.random_walk`.
+        renormalise: see above.
+        par_scale: factor of the image's size at which pixels are compared.
+
+    Raises:
+        ValueError: thresholds that are no two numbers of [0, 1] in order, or a scale out of range.
+
+    Source: Yang et al., Tackling Ambiguity from Perspective of Uncertainty Inference and Affinity
+    Diversification for Weakly Supervised Semantic Segmentation (arXiv 2404.08195).
+    """
+
+    def __init__(
+        self,
+        high: float = 0.7,
+        low: float = 0.25,
+        power: float = 2.0,
+        walk_steps: int = 1,
+        renormalise: bool = True,
+        par_scale: float = 0.5,
+    ) -> None:
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"low={low}, high={high}: give 0 <= low <= high <= 1.")
+        if not 0 < par_scale <= 1:
+            raise ValueError(f"par_scale={par_scale}: give more than 0, and 1 at most.")
+        self.high, self.low = high, low
+        self.power, self.walk_steps = power, walk_steps
+        self.renormalise = renormalise
+        self.par_scale = par_scale
+        self._par = PixelAdaptiveRefinement()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        activations: Tensor,
+        affinity: Tensor,
+        grid: tuple[int, int],
+        images: Tensor,
+        labels: Tensor,
+        valid: Tensor | None = None,
+    ) -> MutualLabels:
+        """All labels of a batch, at the size of ``activations``.
+
+        Args:
+            activations: (B, C, H, W) in [0, 1], absent classes 0.
+            affinity: (B, N, N), N = h w.
+            grid: h and w, of the affinity's positions.
+            images: (B, 3, H', W') RGB.
+            labels: (B, C) 0/1.
+            valid: (B, H, W) bool, False on padding.
+        """
+        present = PresentChannels(labels)
+        few = present.take(activations)
+        reweighted = self.reweighted(few)
+        p1 = self._label(reweighted)
+        p2 = self._label(self.refined(reweighted, images))
+        p3 = self._label(self.walked(few, affinity, grid))
+        found = (present.names(p, valid) for p in (p1, p2, p3, mutual_complement(p1, p2, p3)))
+        return MutualLabels(*found)
+
+    @torch.no_grad()
+    def label(
+        self,
+        activations: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Label (B, H, W) after pixel-adaptive refinement alone, of all activations."""
+        present = PresentChannels(labels)
+        return present.names(self._label(self.refined(present.take(activations), images)), valid)
+
+    def reweighted(self, activations: Tensor) -> Tensor:
+        """Activations above ``high``, all others 0 (eq. 8)."""
+        return activations * (activations > self.high)
+
+    def refined(self, activations: Tensor, images: Tensor) -> Tensor:
+        """Activations (B, K, H, W) after pixel-adaptive refinement, at their own size."""
+        size = (activations.shape[-2], activations.shape[-1])
+        small = (max(1, round(size[0] * self.par_scale)), max(1, round(size[1] * self.par_scale)))
+        refined = self._par(_resize(images, small), _resize(activations, small))
+        # Its weights sum to more than 1, so that every value grows with every iteration.
+        growth = (1 + self._par.w2) ** self._par.num_iterations
+        return _resize(refined / growth, size)
+
+    def walked(self, activations: Tensor, affinity: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Activations (B, K, H, W) after the random walk on the grid, at their own size."""
+        maps = F.interpolate(activations.float(), grid, mode="area")
+        maps = random_walk(maps, affinity, self.power, self.walk_steps)
+        if self.renormalise:
+            maps = normalise_cam(maps)
+        return _resize(maps, (activations.shape[-2], activations.shape[-1]))
+
+    def _label(self, activations: Tensor) -> Tensor:
+        return two_threshold_label(activations, self.low, self.high)
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
