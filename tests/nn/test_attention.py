@@ -1,11 +1,33 @@
-"""Which attention kernel the encoder takes, and that it does not change what it computes."""
+"""Attention: which kernel the encoder takes, and what is kept of chosen blocks."""
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from wsss.errors import UserError
+from wsss.nn import WSSSNetwork
+from wsss.nn import attention as attention_module
 from wsss.nn import encoder as module
+from wsss.nn.attention import keep_attention
+from wsss.nn.mctformer import MCTformerNetwork
+
+TINY: dict[str, Any] = {"embed_dim": 24, "num_heads": 2}
+
+
+def make(name: str = "vit_tiny_patch16_224", depth: int = 3) -> WSSSNetwork:
+    """With queries large enough that attention is not all alike."""
+    torch.manual_seed(0)
+    network = WSSSNetwork(name, 3, early_block=-1, depth=depth, **TINY)
+    for block in network.encoder.vit.blocks:  # type: ignore[union-attr]
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.4)
+        torch.nn.init.normal_(block.attn.qkv.bias, std=0.4)
+    return network
 
 
 def test_attention_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +44,182 @@ def test_attention_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(results[0], results[1024], rtol=3e-2, atol=3e-2)
     encoder(images)
     assert encoder.vit.blocks[0].attn.fused_attn is True  # fp32 keeps the fused kernel
+
+
+class TestKeptAttention:
+    """Attention of chosen blocks, as a pass goes by."""
+
+    @staticmethod
+    def by_hand(block: Any, x: Tensor) -> Tensor:
+        """Softmax attention of a pre-norm block of its input (B, T, D), mean over heads."""
+        attn = block.attn
+        heads, weight, bias = attn.num_heads, attn.qkv.weight, attn.qkv.bias
+        y = F.layer_norm(x, x.shape[-1:], block.norm1.weight, block.norm1.bias, block.norm1.eps)
+        dim = x.shape[-1]
+        query = y @ weight[:dim].T + bias[:dim]
+        key = y @ weight[dim : 2 * dim].T + bias[dim : 2 * dim]
+        width, total = dim // heads, torch.zeros(())
+        for h in range(heads):
+            q, k = (z[..., h * width : (h + 1) * width] for z in (query, key))
+            logits = torch.einsum("btd,bsd->bts", q, k) / width**0.5
+            total = total + logits.exp() / logits.exp().sum(-1, keepdim=True)
+        return total / heads
+
+    @pytest.mark.parametrize("blocks", [(2,), (0, 1)])
+    def test_is_that_of_the_blocks(self, blocks: tuple[int, ...]) -> None:
+        encoder = make(depth=3).encoder
+        inputs: dict[int, Tensor] = {}
+        for n, block in enumerate(encoder.vit.blocks):
+            block.register_forward_pre_hook(lambda m, i, n=n: inputs.__setitem__(n, i[0]))
+        images = torch.rand(2, 3, 32, 48)
+        plain = encoder(images)
+        with keep_attention(encoder, blocks) as kept:
+            passed = encoder(images)
+        for one, other in zip(plain, passed, strict=True):
+            assert torch.equal(one, other)  # what it computes stays
+        assert len(kept) == len(blocks)
+        for attention, n in zip(kept, blocks, strict=True):
+            assert attention.shape == (2, 7, 7)
+            expected = self.by_hand(encoder.vit.blocks[n], inputs[n])
+            torch.testing.assert_close(attention, expected)
+            assert attention.std() > 0.01  # not all alike
+
+    def test_gradient_reaches_queries_and_keys_alone(self) -> None:
+        encoder = make(depth=2).encoder
+        with keep_attention(encoder, (1,)) as kept:
+            encoder(torch.rand(1, 3, 32, 48))
+        kept[0].square().sum().backward()
+        gradient = encoder.vit.blocks[1].attn.qkv.weight.grad
+        query, key, value = gradient.chunk(3)
+        assert query.any()
+        assert key.any()
+        assert not value.any()
+        assert encoder.vit.blocks[0].attn.qkv.weight.grad.chunk(3)[2].any()  # through the tokens
+        assert encoder.vit.blocks[1].mlp.fc1.weight.grad is None
+
+    def test_hooks_are_gone_afterwards(self) -> None:
+        encoder = make(depth=2).encoder
+        with keep_attention(encoder, (0, 1)) as kept:
+            encoder(torch.rand(1, 3, 16, 16))
+        encoder(torch.rand(1, 3, 16, 16))
+        assert len(kept) == 2
+        with (
+            pytest.raises(RuntimeError, match="stop"),
+            keep_attention(encoder, (0, 1)),
+        ):
+            raise RuntimeError("stop")
+        assert not any(block.attn.qkv._forward_hooks for block in encoder.vit.blocks)
+
+    def test_no_blocks_need_no_vit(self) -> None:
+        with keep_attention(torch.nn.Identity(), ()) as kept:
+            pass
+        assert kept == []
+
+    @pytest.mark.parametrize("blocks", [[-1], [0, 2], [2, 0, -1]])
+    def test_output_has_the_mean_over_blocks_of_the_patches(self, blocks: list[int]) -> None:
+        network = make(depth=3).train()
+        images = torch.rand(2, 3, 32, 48)
+        assert network(images).attention is None  # nobody wants it
+        network.want_attention(blocks)
+        numbers = sorted({b % 3 for b in blocks})
+        assert network.wanted_attention == tuple(numbers)
+        with keep_attention(network.encoder, numbers) as kept:
+            network.encoder(images)
+        output = network(images, decode=False)
+        assert output.attention is not None
+        assert output.attention.shape == (2, 6, 6)
+        expected = sum(a[:, 1:, 1:] for a in kept) / len(numbers)
+        torch.testing.assert_close(output.attention, expected)
+        assert output.attention.requires_grad
+
+    def test_register_and_distillation_tokens_are_left_out(self) -> None:
+        """Of all tokens the patches come last."""
+        network = make("deit_tiny_distilled_patch16_224", depth=2).train()
+        network.want_attention([1])
+        images = torch.rand(1, 3, 32, 48)
+        with keep_attention(network.encoder, (1,)) as kept:
+            network.encoder(images)
+        assert kept[0].shape == (1, 8, 8)
+        torch.testing.assert_close(network(images).attention, kept[0][:, 2:, 2:])
+
+    def test_nothing_is_kept_in_evaluation(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        network = make(depth=2)
+        network.want_attention([-1])
+
+        def refuse(*arguments: Any) -> Tensor:
+            raise AssertionError("computed")
+
+        monkeypatch.setattr(attention_module, "attention_of_qkv", refuse)
+        assert network.eval()(torch.rand(1, 3, 16, 32)).attention is None
+        assert network.wanted_attention == ()
+        with pytest.raises(AssertionError, match="computed"):
+            network.train()(torch.rand(1, 3, 16, 32))
+
+    def test_in_float32_under_autocast(self) -> None:
+        network = make(depth=2).train()
+        network.want_attention([-1])
+        images = torch.rand(1, 3, 32, 48)
+        expected = network(images).attention
+        with torch.autocast("cpu", torch.bfloat16):
+            found = network(images).attention
+        assert found is not None
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+        assert (found.sum(-1) < 1).all()  # the class token has the rest
+
+    def test_a_copy_wants_the_same(self) -> None:
+        network = make(depth=2).train()
+        network.want_attention([0])
+        assert copy.deepcopy(network).wanted_attention == (0,)
+
+    def test_mctformers_network_leaves_its_class_tokens_out(self) -> None:
+        torch.manual_seed(0)
+        network = MCTformerNetwork("vit_tiny_patch16_224", 4, early_block=-1, depth=2, **TINY)
+        network.train()
+        network.want_attention([-1])
+        images = torch.rand(1, 3, 32, 48)
+        with keep_attention(network.encoder, (1,)) as kept:
+            network.encoder(images)
+        assert kept[0].shape == (1, 10, 10)
+        torch.testing.assert_close(network(images).attention, kept[0][:, 4:, 4:])
+        assert network.eval()(images).attention is None
+
+
+class TestWishes:
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("resnet10t", {"channels": [8, 8, 16, 16], "early_block": -2}),
+            ("eva02_tiny_patch14_224", {**TINY, "depth": 2, "early_block": -1, "img_size": 28}),
+        ],
+    )
+    def test_no_plain_vit(self, name: str, options: dict[str, Any]) -> None:
+        network = WSSSNetwork(name, 3, **options)
+        for blocks in ([-1], None):
+            with pytest.raises(UserError, match=rf"backbone\.name='{name}'.*plain ViT"):
+                network.want_attention(blocks)
+        assert network.train().wanted_attention == ()
+
+    @pytest.mark.parametrize("blocks", [[3], [-4], [0, 7], []])
+    def test_blocks_that_are_not_there(self, blocks: list[int]) -> None:
+        with pytest.raises(UserError, match=r"from -3 to 2"):
+            make(depth=3).want_attention(blocks)
+
+    def test_any_goes_with_all(self) -> None:
+        """The last block unless somebody names others, before or after."""
+        network = make(depth=3).train()
+        network.want_attention()
+        assert network.wanted_attention == (2,)
+        network.want_attention([0, 1])
+        network.want_attention()
+        assert network.wanted_attention == (0, 1)
+        with pytest.raises(UserError, match=r"\[0, 1\] and of \[2\]"):
+            network.want_attention([-1])
+
+    def test_two_of_a_kind_and_two_different(self) -> None:
+        network = make(depth=3).train()
+        network.want_attention([-1])
+        network.want_attention([2])  # the same
+        with pytest.raises(UserError, match=r"\[2\] and of \[1\].*addon\.affinity\.blocks"):
+            network.want_attention([1])
+        assert network.wanted_attention == (2,)

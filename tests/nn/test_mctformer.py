@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.oracle import mctformer as oracle
 from wsss.errors import UserError
-from wsss.nn import WSSSNetwork
+from wsss.nn import UncertaintyNeck, WSSSNetwork
 from wsss.nn.attention import mean_attention
 from wsss.nn.mctformer import (
     MCTformerNetwork,
@@ -305,3 +305,53 @@ class TestBackbones:
         assert network.attention_blocks == 3
         with pytest.raises(UserError, match=r"method\.attention_blocks=0"):
             network.set_attention(0)
+
+
+class TestNeck:
+    def test_heads_see_what_it_gives(self) -> None:
+        torch.manual_seed(2)
+        network, plain = make(neck=UncertaintyNeck), make()
+        plain.load_state_dict(network.state_dict(), strict=False)
+        torch.nn.init.ones_(network.decoder.classifier.weight)  # type: ignore[union-attr,arg-type]
+        images = torch.rand(2, 3, 32, 48)
+        output, class_logits = network.forward_with_tokens(images)
+        without, plain_logits = plain.forward_with_tokens(images)
+        assert torch.equal(output.tokens, without.features)
+        expected = network.neck(output.tokens)  # type: ignore[misc]
+        assert torch.equal(output.features, expected.features)
+        assert not torch.allclose(output.features, output.tokens)
+        torch.testing.assert_close(output.cam, network.classifier(expected.features)[1])
+        torch.testing.assert_close(output.class_logits, network.classifier(expected.features)[0])
+        torch.testing.assert_close(output.seg_logits, network.decoder(expected.features))
+        assert output.neck is not None
+        assert torch.equal(output.neck.sigma, expected.sigma)
+        # Class tokens and their attention are the encoder's; the refined CAM is that of the neck.
+        assert torch.equal(class_logits, plain_logits)
+        assert output.refined_cam is not None
+        assert not torch.allclose(output.refined_cam, without.refined_cam)
+
+    def test_refined_cam_is_made_of_it(self) -> None:
+        torch.manual_seed(2)
+        network = make(neck=UncertaintyNeck)
+        network.set_attention(blocks=1, refine=False)
+        images = torch.rand(1, 3, 32, 48)
+        output = network(images)
+        blocks, _ = blocks_of(network, images)
+        attention = class_to_patch_attention(blocks[-1].float(), 3, 6)
+        torch.testing.assert_close(
+            output.refined_cam, fuse_attention_and_cam(attention, output.cam)
+        )
+
+    def test_heads(self) -> None:
+        network = make(neck=UncertaintyNeck)
+        heads = {id(p) for p in network.head_parameters()}
+        assert {id(p) for p in network.neck.parameters()} < heads  # type: ignore[union-attr]
+        for parameter in network.neck.parameters():  # type: ignore[union-attr]
+            torch.nn.init.constant_(parameter, 7.0)
+        network.reset_heads()
+        assert not any(p.eq(7.0).any() for p in network.neck.parameters())  # type: ignore[union-attr]
+
+    def test_without_one(self) -> None:
+        output = make()(torch.rand(1, 3, 32, 32))
+        assert output.tokens is output.features
+        assert output.attention is None

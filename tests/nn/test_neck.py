@@ -242,12 +242,31 @@ def test_everything_learns_from_the_first_step_on(branches: str) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_masking_alone_trains_sigma_and_not_mu() -> None:
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_masking_alone_trains_sigma_and_not_mu(branches: str) -> None:
+    """Yet all have a gradient, where DDP wants one of every parameter; evaluation adds nothing."""
     features, _ = _scene(dim=32)
-    neck = UncertaintyNeck(32)
+    neck = UncertaintyNeck(32, **BRANCHES[branches])
     neck(features).features.square().sum().backward()
-    without = {name.split(".")[0] for name, p in neck.named_parameters() if p.grad is None}
-    assert without == {"channel_mu", "spatial_mu"}
+    assert all(p.grad is not None for p in neck.parameters())
+    without = {name.split(".")[0] for name, p in neck.named_parameters() if not p.grad.any()}  # type: ignore[union-attr]
+    mu = {"both": {"channel_mu", "spatial_mu"}, "channel_only": {"channel_mu"}}
+    assert without == mu.get(branches, {"spatial_mu"})
+    trained = [p.grad.clone() for p in neck.parameters()]  # type: ignore[union-attr]
+
+    neck.zero_grad()
+    neck.eval()(features).features.square().sum().backward()
+    for (name, p), gradient in zip(neck.named_parameters(), trained, strict=True):
+        if name.split(".")[0] in without:
+            assert p.grad is None, name
+        else:
+            assert torch.equal(p.grad, gradient), name  # type: ignore[arg-type]
+
+
+def test_zero_path_of_mu_keeps_low_precision() -> None:
+    neck = UncertaintyNeck(DIM).bfloat16().train()
+    features = neck(_randn(1, DIM, 3, 3).bfloat16()).features
+    assert features.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("branches", BRANCHES)

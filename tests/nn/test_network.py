@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wsss.errors import UserError
 from wsss.import_checkpoint import load_cosa_release
-from wsss.nn import LargeFOV, WSSSNetwork
+from wsss.nn import LargeFOV, NeckOutput, UncertaintyNeck, WSSSNetwork
 
 TINY = {"depth": 3, "embed_dim": 24, "num_heads": 2}
 
@@ -225,3 +226,120 @@ def test_size_of_the_papers_network() -> None:
         decoder = LargeFOV(768, 21)
     total = sum(p.numel() for m in (vit, decoder) for p in m.parameters()) + 2 * 20 * 768
     assert round(total / 1e6) == 92
+
+
+class Double(nn.Module):
+    """A neck that gives a tensor, and notes what it is given."""
+
+    def __init__(self, dim: int = 24) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((dim, 1, 1), 2.0))
+        self.given: list[Tensor] = []
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.given.append(features)
+        return features * self.factor
+
+
+class TestNeck:
+    def test_heads_see_what_it_gives(self) -> None:
+        network, plain = make(neck=Double()), make()
+        plain.load_state_dict(network.state_dict(), strict=False)
+        for net in (network, plain):
+            nn.init.ones_(net.decoder.classifier.weight)  # type: ignore[union-attr,arg-type]
+        images = torch.rand(2, 3, 32, 48)
+        out, without = network(images), plain(images)
+        assert out.neck is not None
+        assert out.tokens is not None
+        assert torch.equal(out.tokens, network.encoder(images)[0])
+        assert torch.equal(out.tokens, without.features)
+        torch.testing.assert_close(out.features, 2 * without.features)
+        torch.testing.assert_close(out.cam, 2 * without.cam)
+        torch.testing.assert_close(out.class_logits, 2 * without.class_logits)
+        torch.testing.assert_close(out.seg_logits, network.decoder(out.features))
+        assert not torch.allclose(out.seg_logits, without.seg_logits)
+        assert out.neck.features is out.features
+        assert out.neck[1:] == (None, None, None)
+
+    def test_early_features_do_not_pass_it(self) -> None:
+        network = make(neck=Double())
+        images = torch.rand(2, 3, 32, 48)
+        out = network(images)
+        early = network.encoder(images)[1]
+        assert torch.equal(out.early_cam, network.early_classifier(early)[1])
+        assert torch.equal(out.early_class_logits, network.early_classifier(early)[0])
+        (given,) = network.neck.given  # type: ignore[union-attr,misc]
+        assert torch.equal(given, network.encoder(images)[0])
+
+    def test_without_one(self) -> None:
+        out = make()(torch.rand(1, 3, 32, 32))
+        assert make().neck is None
+        assert out.tokens is out.features
+        assert out.neck == NeckOutput(out.features)
+
+    def test_a_module_as_it_is_and_a_function_of_the_channels(self) -> None:
+        given = Double()
+        assert make(neck=given).neck is given
+        dims = []
+
+        def build(dim: int) -> nn.Module:
+            dims.append(dim)
+            return UncertaintyNeck(dim, window=2)
+
+        network = make(neck=build)
+        assert dims == [24]
+        assert isinstance(network.neck, UncertaintyNeck)
+        assert network.neck.window == 2
+        cnn = WSSSNetwork("resnet10t", 2, early_block=-2, channels=[8, 8, 16, 40], neck=build)
+        assert dims == [24, 40]
+        out = cnn(torch.rand(1, 3, 64, 64))
+        assert out.features.shape == out.tokens.shape  # type: ignore[union-attr]
+
+    def test_all_that_it_infers_is_in_the_output(self) -> None:
+        network = make(neck=UncertaintyNeck)
+        images = torch.rand(2, 3, 32, 48)
+        out = network(images)
+        assert out.tokens is not None
+        expected = network.neck(out.tokens)  # type: ignore[misc]
+        assert out.neck is not None
+        for found, wanted in zip(out.neck, expected, strict=True):
+            assert torch.equal(found, wanted)
+        assert torch.equal(out.features, expected.features)
+        assert not torch.allclose(out.features, out.tokens)
+
+    def test_it_learns_at_the_rate_of_heads(self) -> None:
+        network = make(neck=UncertaintyNeck)
+        heads = [id(p) for p in network.head_parameters()]
+        assert len(heads) == len(set(heads))
+        assert {id(p) for p in network.neck.parameters()} < set(heads)  # type: ignore[union-attr]
+        rest = {id(p) for p in network.parameters()} - set(heads)
+        assert rest == {id(p) for p in network.encoder.parameters()}
+
+    def test_reset(self) -> None:
+        network = make(neck=UncertaintyNeck)
+        encoder = copy.deepcopy(network.encoder.state_dict())
+        for parameter in network.parameters():
+            nn.init.constant_(parameter, 7.0)
+        network.encoder.load_state_dict(encoder)
+        network.reset_heads()
+        for name, parameter in network.named_parameters():
+            assert not parameter.eq(7.0).any(), name
+        make(neck=Double()).reset_heads()  # one that cannot stays
+        kept = make(neck=Double())
+        kept.reset_heads()
+        assert kept.neck.factor.eq(2).all()  # type: ignore[union-attr,operator]
+
+    def test_a_copy_is_another(self) -> None:
+        network = make(neck=UncertaintyNeck)
+        other = copy.deepcopy(network)
+        images = torch.rand(1, 3, 32, 32)
+        before = network(images).cam
+        assert torch.equal(other(images).cam, before)
+        for parameter in other.neck.parameters():  # type: ignore[union-attr]
+            nn.init.constant_(parameter, 0.5)
+        assert torch.equal(network(images).cam, before)
+        assert not torch.allclose(other(images).cam, before)
+
+    def test_its_weights_are_saved(self) -> None:
+        network = make(neck=UncertaintyNeck)
+        assert any(name.startswith("neck.") for name in network.state_dict())

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.oracle import seam as oracle
 from wsss.errors import UserError
-from wsss.nn import WSSSNetwork
+from wsss.nn import NeckOutput, UncertaintyNeck, WSSSNetwork
 from wsss.nn.seam import PixelCorrelation, SEAMNetwork, correlate, suppressed
 
 GRIDS = [(3, 4), (4, 2), (1, 1)]
 
 
-def make() -> SEAMNetwork:
+def make(**kwargs: Any) -> SEAMNetwork:
     torch.manual_seed(0)
-    return SEAMNetwork("resnet10t", 3, early_block=-2, output_stride=8, channels=[8, 8, 16, 16])
+    options: dict[str, Any] = {"output_stride": 8, "channels": [8, 8, 16, 16]}
+    return SEAMNetwork("resnet10t", 3, early_block=-2, **options, **kwargs)
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
@@ -151,3 +154,34 @@ def test_the_correlation_learns_at_the_rate_of_heads() -> None:
 def test_a_vit_is_refused() -> None:
     with pytest.raises(UserError, match=r"vit_tiny_patch16_224.*resnet38d"):
         SEAMNetwork("vit_tiny_patch16_224", 3, depth=3, embed_dim=24, num_heads=2)
+
+
+def test_neck_is_between_the_last_stage_and_the_heads() -> None:
+    torch.manual_seed(1)
+    network = make(neck=UncertaintyNeck).eval()
+    nn.init.ones_(network.decoder.classifier.weight)  # type: ignore[union-attr,arg-type]
+    images = torch.rand(2, 3, 16, 24)
+    stages = network.encoder.pyramid(images)
+    expected = network.neck(stages[-1])  # type: ignore[misc]
+    output, refined = network.refine(images, decode=True)
+    assert torch.equal(output.tokens, stages[-1])
+    assert torch.equal(output.features, expected.features)
+    assert output.neck is not None
+    assert torch.equal(output.neck.mu, expected.mu)
+    assert not torch.allclose(output.features, stages[-1])
+    torch.testing.assert_close(output.cam, network.classifier.cam(expected.features))
+    torch.testing.assert_close(output.seg_logits, network.decoder(expected.features))
+    # The correlation compares pixels by the stages, which have not passed the neck.
+    normalised = (images - network.encoder.mean) / network.encoder.std
+    wanted = network.correlation(suppressed(output.cam), stages[-3:-1], normalised)
+    torch.testing.assert_close(refined, wanted)
+    heads = {id(p) for p in network.head_parameters()}
+    assert all(id(p) in heads for p in network.neck.parameters())  # type: ignore[union-attr]
+    assert all(id(p) in heads for p in network.correlation.parameters())
+
+
+def test_without_a_neck() -> None:
+    output = make().eval()(torch.rand(1, 3, 16, 16))
+    assert output.tokens is output.features
+    assert output.neck == NeckOutput(output.features)
+    assert output.attention is None

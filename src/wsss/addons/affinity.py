@@ -10,6 +10,7 @@ from wsss.addons.base import AddOn, View
 from wsss.errors import UserError
 from wsss.losses import contrastive_affinity_loss
 from wsss.nn import WSSSNetwork
+from wsss.nn.attention import Blocks
 from wsss.pseudo import MutualRefinement, symmetric_affinity
 from wsss.resize import nearest
 
@@ -23,7 +24,8 @@ class Affinity(AddOn):
 
     Args:
         weight: of the loss next to a classification term of weight 1.
-        blocks: of the ViT, whose attention is the affinity, counted from the end where negative.
+        blocks: of the ViT, whose mean attention is the affinity: numbers, from the end where
+            negative, or "all"; None takes those that the method names, or all.
         temperature, log: of :func:`~wsss.losses.contrastive_affinity_loss`.
         scale_affinity: times the number of positions, so that 1 is the affinity of two positions
             that know nothing of each other, whatever the grid. Without it all affinities are near
@@ -42,7 +44,7 @@ class Affinity(AddOn):
     def __init__(
         self,
         weight: float = 0.1,
-        blocks: Sequence[int] = (-1,),
+        blocks: Blocks | None = None,
         temperature: float = 0.5,
         log: bool = False,
         scale_affinity: bool = False,
@@ -50,7 +52,7 @@ class Affinity(AddOn):
         low: float = 0.25,
         power: float = 2.0,
         walk_steps: int = 1,
-        renormalise: bool = True,
+        renormalise: bool = False,
         par_scale: float = 0.5,
         start_step: int = 0,
         cams: Sequence[str] = ("cam",),
@@ -59,7 +61,7 @@ class Affinity(AddOn):
         if temperature <= 0:
             raise UserError(f"addon.affinity.temperature={temperature}: give a positive number.")
         self.factor = weight
-        self.blocks = tuple(blocks)
+        self.blocks = blocks
         self.temperature = temperature
         self.log = log
         self.scale_affinity = scale_affinity

@@ -18,13 +18,14 @@ from wsss.errors import UserError
 from wsss.losses import classification_loss
 from wsss.methods.optimizer import OPTIMIZERS, make_optimizer
 from wsss.methods.schedule import warmup_poly
-from wsss.metrics.protocols import ProtocolScores
+from wsss.metrics.protocols import HEADLINES, ProtocolScores
 from wsss.nn import NetworkOutput, WSSSNetwork
 from wsss.pseudo import MultiScaleOutput
 
 CHECKPOINT_KEY = "wsss"
 #: raised when an older version could not read what a newer one writes
 CHECKPOINT_FORMAT = 1
+RATIO = "confusion_ratio"
 #: steps between two looks at the losses on an accelerator, where a look holds the step up
 FINITE_CHECK_EVERY = 50
 #: factor of add-ons that name none, as published with these optimizers
@@ -296,12 +297,16 @@ class Method(L.LightningModule):
     def compute_scores(self) -> dict[str, Tensor]:
         """Every score of every network in [0, 1] by full name (``an/seg/miou_ms_flip``).
 
-        mIoU of each protocol; average precisions of the image labels (``an/cls/map``); where the
-        tables have them, the mean Dice over groups (``an/seg/group_dice_ms_flip``), boundary F, its
-        mean with mIoU (``an/seg/jf_ms_flip``), and C-mIoU.
+        mIoU of each protocol; of each network's headline, the first it has of
+        :data:`~wsss.metrics.protocols.HEADLINES`, also mean precision, recall and confusion ratio
+        FP / TP (``an/seg/precision_ms_flip``); average precisions of the image labels
+        (``an/cls/map``); where the tables have them, the mean Dice over groups
+        (``an/seg/group_dice_ms_flip``), boundary F, its mean with mIoU (``an/seg/jf_ms_flip``), and
+        C-mIoU.
         """
         scores = {}
         for network, value_by_protocol in self.compute_tables().items():
+            headline = next((name for name in HEADLINES if name in value_by_protocol), None)
             for protocol, value in value_by_protocol.items():
                 full = f"{network}/{protocol}"
                 scores[full] = value["miou"].float()
@@ -310,6 +315,8 @@ class Method(L.LightningModule):
                     "boundary_f": value.get("mean_boundary_f"),
                     "cmiou": value.get("cmiou"),
                 }
+                if protocol == headline:
+                    more |= {n: value[f"mean_{n}"] for n in ("precision", "recall", RATIO)}
                 if "mean_boundary_f" in value:
                     more["jf"] = (value["miou"] + value["mean_boundary_f"]) / 2
                 for name, found in more.items():

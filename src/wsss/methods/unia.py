@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from wsss.losses.cam2seg import upsample_log_softmax
 from wsss.methods.activations import own_activations
 from wsss.methods.base import Method
 from wsss.nn import NetworkOutput
+from wsss.nn.attention import Blocks
 from wsss.pseudo import (
     MultiScaleOutput,
     MutualRefinement,
@@ -68,10 +68,10 @@ class UniA(Method):
         refine_start_step: int = 0,
         high: float = 0.7,
         low: float = 0.25,
-        blocks: Sequence[int] = (-1,),
+        blocks: Blocks = "all",
         power: float = 2.0,
         walk_steps: int = 1,
-        renormalise: bool = True,
+        renormalise: bool = False,
         par_scale: float = 0.5,
         aux_steps: int = 8000,
         loss_warmup_steps: int = 2000,

@@ -33,8 +33,12 @@ def attention_of_qkv(attn: Any, out: Tensor) -> Tensor:
     return mean_attention(attn.q_norm(query), attn.k_norm(key), attn.scale)
 
 
-def choose_blocks(encoder: nn.Module, blocks: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of blocks, from the start, of numbers that may count from the end.
+#: what names the blocks of a ViT: numbers, from the end where negative, or "all"
+Blocks = Sequence[int] | str
+
+
+def choose_blocks(encoder: nn.Module, blocks: Blocks) -> tuple[int, ...]:
+    """Numbers of blocks, from the start.
 
     Raises:
         UserError: no plain ViT of timm, or a block that it does not have.
@@ -49,10 +53,13 @@ def choose_blocks(encoder: nn.Module, blocks: Sequence[int]) -> tuple[int, ...]:
             "attention of a plain ViT: choose one such as vit_base_patch16_224."
         )
     depth = len(layers)
-    wrong = [block for block in blocks if not -depth <= block < depth]
-    if wrong or not blocks:
+    if blocks == "all":
+        return tuple(range(depth))
+    if isinstance(blocks, str) or not blocks or not all(-depth <= b < depth for b in blocks):
+        found = blocks if isinstance(blocks, str) else list(blocks)
         raise UserError(
-            f"blocks={list(blocks)}: choose at least one, from {-depth} to {depth - 1}."
+            f"blocks={found}: give at least one number from {-depth} to {depth - 1} in a list, or "
+            "'all'."
         )
     return tuple(sorted({block % depth for block in blocks}))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wsss.errors import UserError
-from wsss.nn.attention import choose_blocks, keep_attention
+from wsss.nn.attention import Blocks, choose_blocks, keep_attention
 from wsss.nn.decoder import LargeFOV
 from wsss.nn.encoders import make_encoder
 from wsss.nn.neck import NeckOutput
@@ -130,6 +130,7 @@ class WSSSNetwork(nn.Module):
         self.neck = neck if neck is None or isinstance(neck, nn.Module) else neck(dim)
         # Blocks whose attention a pass in training mode keeps.
         self._kept_blocks: tuple[int, ...] = ()
+        self._wished_blocks: tuple[int, ...] = ()
         self.classifier = Classifier(dim, num_classes)
         self.early_classifier = Classifier(self.encoder.early_dim, num_classes)
         self.decoder = LargeFOV(dim, num_classes + 1) if decoder is None else decoder
@@ -170,23 +171,27 @@ class WSSSNetwork(nn.Module):
         output = self.neck(tokens)
         return output if isinstance(output, NeckOutput) else NeckOutput(output)
 
-    def want_attention(self, blocks: Sequence[int]) -> None:
+    def want_attention(self, blocks: Blocks | None = None) -> None:
         """Keep the attention of blocks in each pass in training mode.
 
         Args:
-            blocks: numbers, from the end where negative.
+            blocks: numbers, from the end where negative, or "all"; None takes those that somebody
+                else names, or all.
 
         Raises:
             UserError: an encoder without attention or without such a block, or somebody who wants
                 other blocks.
         """
-        chosen = choose_blocks(self.encoder, blocks)
-        if self._kept_blocks not in ((), chosen):
+        chosen = choose_blocks(self.encoder, "all" if blocks is None else blocks)
+        if blocks is None:
+            self._kept_blocks = self._kept_blocks or chosen
+            return
+        if self._wished_blocks not in ((), chosen):
             raise UserError(
-                f"Attention is wanted of blocks {list(self._kept_blocks)} and of "
+                f"Attention is wanted of blocks {list(self._wished_blocks)} and of "
                 f"{list(chosen)}: give method.blocks and addon.affinity.blocks one value."
             )
-        self._kept_blocks = chosen
+        self._kept_blocks = self._wished_blocks = chosen
 
     @property
     def wanted_attention(self) -> tuple[int, ...]:

@@ -36,9 +36,9 @@ class MutualRefinement:
     Reweighted activations are those above ``high``, all others 0 (eq. 8). A label has a class from
     ``high`` on, background below ``low``, and 255 in between. What the paper leaves open:
 
-    - A random walk averages, so that its peaks are lower than those it started from: activations
-      are brought to [0, 1] again before the thresholds (``renormalise``), which were chosen for
-      maps that reach 1.
+    - A random walk averages, so that its peaks are lower than those it started from.
+      ``renormalise`` brings its maps to [0, 1] again before the thresholds, which were chosen for
+      maps that reach 1: more is decided, and less of it is right.
     - Pixel-adaptive refinement runs on a smaller image (``par_scale``), as in ToCo.
 
     Args:
@@ -60,7 +60,7 @@ class MutualRefinement:
         low: float = 0.25,
         power: float = 2.0,
         walk_steps: int = 1,
-        renormalise: bool = True,
+        renormalise: bool = False,
         par_scale: float = 0.5,
     ) -> None:
         if not 0 <= low <= high <= 1:

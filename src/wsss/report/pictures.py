@@ -20,6 +20,7 @@ from wsss.data.images import voc_palette
 from wsss.files import write_atomically
 from wsss.methods.base import Method
 from wsss.pseudo import cam_pseudo_label, multi_scale, segmentation_pseudo_label
+from wsss.report.unia import extra_maps
 
 RGB = NDArray[np.uint8]
 
@@ -135,8 +136,8 @@ def draw_panels(method: Method, batch: EvalBatch, threshold: float | None = None
         cam_scales=cast(Sequence[float], scores.cam_scales),
         decode=method.evaluates_segmentation,
     )
-    labels: dict[str, Tensor] = {}
     cam = out.cam * batch.labels[:, :, None, None]
+    maps, labels = extra_maps(method, network, images, cam, batch.labels)
     if method.evaluates_cam:
         labels["CPL"] = cam_pseudo_label(
             cam, current_threshold(method) if threshold is None else threshold
@@ -155,6 +156,7 @@ def draw_panels(method: Method, batch: EvalBatch, threshold: float | None = None
         panels = {"image": image, "truth": overlay(image, truth.long(), num_classes)}
         if method.evaluates_cam:
             panels["CAM"] = heatmap(cam[i].amax(0), image)
+        panels |= {key: heatmap(one[i], image) for key, one in maps.items()}
         panels |= {key: overlay(image, label[i], num_classes) for key, label in labels.items()}
         present = batch.labels[i].bool().tolist()
         classes = tuple(c for c, here in zip(method.classes, present, strict=True) if here)

@@ -15,15 +15,21 @@ from rich.table import Table
 from torch import Tensor
 
 from wsss.files import write_atomically
-from wsss.methods.base import Method
+from wsss.methods.base import RATIO, Method
 
 #: protocols from the headline down; of a network's scores the first that exists is shown per class
 PROTOCOL_ORDER = (
     "seg/miou_ms_flip",
+    "seg/precision_ms_flip",
+    "seg/recall_ms_flip",
+    "seg/confusion_ratio_ms_flip",
     "seg/miou_ss",
     "seg_given_tags/miou_ms_flip",
     "seg_given_tags/miou_ss",
     "cpl/miou_ms_flip",
+    "cpl/precision_ms_flip",
+    "cpl/recall_ms_flip",
+    "cpl/confusion_ratio_ms_flip",
     "cpl_early/miou_ms_flip",
     "cpl_ensemble/miou_ms_flip",
 )
@@ -42,8 +48,9 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
     Returns:
         ``name``, ``method``, ``seed`` and ``step`` of the run; ``settings``, what decides scores
         besides their names; ``classes``, background first; ``scores`` in percent by full name;
-        ``per_class``, IoU in percent by full name and class; ``means`` over classes: precision and
-        recall in percent, ``confusion_ratio`` FP / TP as it is; ``confusion``, pixels of the
+        ``per_class``, IoU in percent by full name and class; ``details``, the same of precision,
+        recall and ``confusion_ratio`` FP / TP, here as it is; ``means`` of these over classes;
+        ``confusion``, pixels of the
         headline protocol of each network, truth in rows; ``average_precision`` of the image labels,
         in percent by network and class; where it was taken, ``boundary_f`` in percent by full name
         and class. Data with groups (patients) also has ``dice``, in percent by full name, group
@@ -53,6 +60,7 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
     classes = ["background", *method.classes]
     scores: dict[str, float | None] = {}
     per_class: dict[str, dict[str, float | None]] = {}
+    details: dict[str, dict[str, dict[str, float | None]]] = {}
     means: dict[str, dict[str, float | None]] = {}
     dice: dict[str, dict[str, dict[str, float | None]]] = {}
     confusion: dict[str, list[list[int]]] = {}
@@ -85,10 +93,16 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
             per_class[full] = {
                 name: _percent(iou) for name, iou in zip(classes, value["iou"], strict=True)
             }
+            details[full] = {
+                name: {"precision": _percent(p), "recall": _percent(r), RATIO: _rounded(c, 4)}
+                for name, p, r, c in zip(
+                    classes, value["precision"], value["recall"], value[RATIO], strict=True
+                )
+            }
             means[full] = {
                 "precision": _percent(value["mean_precision"]),
                 "recall": _percent(value["mean_recall"]),
-                "confusion_ratio": _rounded(value["mean_confusion_ratio"], 4),
+                RATIO: _rounded(value["mean_confusion_ratio"], 4),
             }
             if "group_dice" in value:
                 means[full]["group_dice"] = _percent(value["mean_group_dice"])
@@ -111,6 +125,7 @@ def collect(method: Method, step: int | None = None) -> dict[str, Any]:
         "scores": scores,
         "means": means,
         "per_class": per_class,
+        "details": details,
         "confusion": confusion,
         **({"average_precision": precision} if precision else {}),
         **({"boundary_f": boundary} if boundary else {}),
@@ -152,6 +167,13 @@ def class_rows(content: Mapping[str, Any]) -> list[list[Any]]:
     """
     columns: dict[str, Mapping[str, float | None]] = {name: {} for name in content["scores"]}
     columns |= content["per_class"]
+    for full, by_class in content.get("details", {}).items():
+        for name, factor in (("precision", 1), ("recall", 1), (RATIO, 100)):
+            column = full.replace("miou", name)
+            if column in columns:
+                columns[column] = {
+                    c: None if v[name] is None else factor * v[name] for c, v in by_class.items()
+                }
     for name, by_class in content.get("boundary_f", {}).items():
         columns[name.replace("miou", "boundary_f")] = by_class
     for network, by_class in content.get("average_precision", {}).items():
@@ -200,7 +222,7 @@ def print_scores(method: Method, console: Console | None = None) -> None:
     console = console or Console()
     content = collect(method)
     console.print(scores_table(content["scores"]))
-    console.print(class_table(content["per_class"]))
+    console.print(class_table(content["per_class"], content["details"]))
     if "dice" in content:
         console.print(dice_table(content["dice"], content["means"]))
 
@@ -217,8 +239,15 @@ def scores_table(scores: Mapping[str, float | None]) -> Table:
     return table
 
 
-def class_table(per_class: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Table with a row per class: IoU in percent of every network, headline protocol."""
+def class_table(
+    per_class: Mapping[str, Mapping[str, float | None]],
+    details: Mapping[str, Mapping[str, Mapping[str, float | None]]] | None = None,
+) -> Table:
+    """Table with a row per class: IoU in percent of every network, headline protocol.
+
+    With ``details`` (see :func:`collect`) also precision and recall in percent and the confusion
+    ratio FP / TP of the first network.
+    """
     networks, protocols = _split_names(per_class)
     table = Table(title_justify="left")
     if not protocols:
@@ -230,8 +259,15 @@ def class_table(per_class: Mapping[str, Mapping[str, float | None]]) -> Table:
     columns = [n for n in networks if f"{n}/{headline}" in per_class]
     for network in columns:
         table.add_column(network.upper(), justify="right")
+    more = (details or {}).get(f"{columns[0]}/{headline}", {})
+    for heading in ("precision", "recall", "FP/TP") if more else ():
+        table.add_column(heading, justify="right")
     for name in per_class[f"{columns[0]}/{headline}"]:
-        table.add_row(name, *(number(per_class[f"{n}/{headline}"][name]) for n in columns))
+        ious = (number(per_class[f"{n}/{headline}"][name]) for n in columns)
+        table.add_row(name, *ious, *(number(value) for value in more.get(name, {}).values()))
+    if more and len(columns) > 1:
+        table.caption = f"precision, recall, FP/TP: {columns[0].upper()}"
+        table.caption_justify = "left"
     return table
 
 
