@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss.addons import AddOn, FeatureSimilarity, ImportanceSampling, Step, View
+from tests.methods.made import batch
+from wsss.addons import (
+    AddOn,
+    Affinity,
+    Distribution,
+    FeatureSimilarity,
+    ImportanceSampling,
+    Step,
+    View,
+)
 from wsss.errors import UserError
-from wsss.losses import feature_similarity_loss, importance_sampling_loss
+from wsss.losses import (
+    contrastive_affinity_loss,
+    distribution_loss,
+    feature_similarity_loss,
+    importance_sampling_loss,
+)
+from wsss.methods import CAM
+from wsss.nn import NetworkOutput, UncertaintyNeck, WSSSNetwork
+from wsss.nn.neck import NeckOutput
+from wsss.pseudo import MutualRefinement, normalise_cam, symmetric_affinity
+from wsss.resize import nearest
 
 
 def view(term: str = "cls", cam: str = "cam", grid: tuple[int, int] = (7, 6)) -> View:
@@ -184,3 +205,261 @@ class TestFeatureSimilarity:
     def test_mistakes(self, options: dict[str, object], message: str) -> None:
         with pytest.raises(UserError, match=message):
             FeatureSimilarity(**options)  # type: ignore[arg-type]
+
+
+def seen(activations: bool = True) -> View:
+    """A view with all that UniA's add-ons look at: a Gaussian and attention on a 7 x 6 grid."""
+    shown = view()
+    generator = torch.Generator().manual_seed(5)
+    mean = torch.randn(2, 8, 7, 6, generator=generator).requires_grad_()
+    deviation = torch.randn(2, 8, 7, 6, generator=generator).exp().requires_grad_()
+    neck = NeckOutput(mean, mean, deviation)
+    attention = (2 * torch.randn(2, 42, 42, generator=generator)).softmax(-1).requires_grad_()
+    cam = shown.scores
+    output = NetworkOutput(
+        cam.mean((2, 3)), cam.mean((2, 3)), cam, cam, None, mean, neck=neck, attention=attention
+    )
+    fused = torch.rand(2, 3, 7, 6, generator=generator)
+    fused = F.interpolate(fused, size=(56, 48), mode="bilinear") * shown.labels[:, :, None, None]
+    return replace(shown, output=output, activations=fused if activations else None)
+
+
+class TestCertainties:
+    def test_are_the_methods_activations(self) -> None:
+        shown = seen()
+        assert shown.certainties() is shown.activations
+
+    def test_at_the_size_of_the_valid_region(self) -> None:
+        shown = seen()
+        assert shown.activations is not None
+        small = replace(shown, activations=shown.activations[..., ::2, ::3])
+        expected = F.interpolate(
+            small.activations, size=(56, 48), mode="bilinear", align_corners=False
+        )
+        assert torch.equal(small.certainties(), expected)
+
+    def test_or_what_the_pass_says(self) -> None:
+        shown = seen(activations=False)
+        found = shown.certainties()
+        assert found.shape == (2, 3, 56, 48)
+        assert not found.requires_grad
+        maps = normalise_cam(shown.scores.detach().clamp(min=0)) * shown.labels[:, :, None, None]
+        expected = F.interpolate(maps, size=(56, 48), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(found, expected)
+        assert not found[0, 1].any()  # an absent class
+        assert found.max() > 0.9
+        assert found.min() == 0
+        half = replace(shown, scores=shown.scores.detach().bfloat16())
+        assert half.certainties().dtype == torch.float32
+
+
+class TestDistribution:
+    OPTIONS: dict[str, Any] = {  # noqa: RUF012
+        "threshold": 0.5,
+        "num_samples": 7,
+        "epsilon": 0.05,
+        "regulariser": 0.3,
+    }
+
+    @pytest.mark.parametrize("activations", [True, False])
+    def test_is_the_loss_of_what_the_neck_infers(self, activations: bool) -> None:
+        shown = seen(activations)
+        assert shown.output is not None
+        _, mu, sigma, _ = shown.output.neck  # type: ignore[misc]
+        torch.manual_seed(0)
+        found = Distribution(**self.OPTIONS).loss(shown)
+        torch.manual_seed(0)
+        expected = distribution_loss(
+            mu,  # type: ignore[arg-type]
+            sigma,  # type: ignore[arg-type]
+            shown.certainties(),
+            **self.OPTIONS,
+            valid=shown.valid,
+        )
+        assert torch.equal(found, expected)
+        found.backward()
+        assert mu.grad is not None  # type: ignore[union-attr]
+        assert sigma.grad.any()  # type: ignore[union-attr]
+        assert not mu.grad[1, :, :, :2].any()  # type: ignore[union-attr,index]  # padding
+        assert shown.scores.grad is None
+
+    def test_every_option_counts(self) -> None:
+        values = []
+        for more in ({}, *({k: v} for k, v in self.OPTIONS.items()), {"num_samples": 0}):
+            torch.manual_seed(0)
+            values.append(float(Distribution(**more).loss(seen()).detach()))
+        assert len({round(v, 6) for v in values}) == len(values), values
+
+    def test_defaults(self) -> None:
+        addon = Distribution()
+        assert (addon.weight, addon.threshold, addon.num_samples) == (0.1, 0.7, 50)
+        assert (addon.epsilon, addon.regulariser, addon.start_step) == (0.01, 1.0, 0)
+        assert addon.cams == ("cam",)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_samples": -1}, r"addon\.distribution\.num_samples=-1"),
+            ({"epsilon": 0.0}, r"addon\.distribution\.epsilon=0\.0"),
+            ({"epsilon": 0.5}, r"addon\.distribution\.epsilon=0\.5"),
+            ({"cams": ("late",)}, r"addon\.distribution\.cams=\['late'\]"),
+        ],
+    )
+    def test_mistakes(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            Distribution(**options)
+
+    @pytest.mark.parametrize("neck", [None, torch.nn.Identity()])
+    def test_needs_the_neck(self, neck: Any) -> None:
+        with pytest.raises(UserError, match=r"addon\.distribution needs.*neck=uncertainty"):
+            Distribution().prepare(network(neck=neck))
+        Distribution().prepare(network(neck=UncertaintyNeck))
+
+
+class TestAffinity:
+    OPTIONS: dict[str, Any] = {  # noqa: RUF012
+        "high": 0.6,
+        "low": 0.3,
+        "power": 3.0,
+        "walk_steps": 2,
+        "renormalise": True,
+        "par_scale": 1.0,
+    }
+
+    @pytest.mark.parametrize("log", [False, True])
+    @pytest.mark.parametrize("scaled", [False, True])
+    @pytest.mark.parametrize("activations", [True, False])
+    def test_makes_its_own_label(self, activations: bool, scaled: bool, log: bool) -> None:
+        shown = seen(activations)
+        assert shown.output is not None
+        attention = shown.output.attention
+        assert attention is not None
+        addon = Affinity(temperature=0.3, log=log, scale_affinity=scaled, **self.OPTIONS)
+        found = addon.loss(shown)
+        affinity = symmetric_affinity(attention)
+        label = MutualRefinement(**self.OPTIONS)(
+            shown.certainties(), affinity.detach(), (7, 6), shown.images, shown.labels, shown.valid
+        ).label
+        expected = contrastive_affinity_loss(
+            affinity * (42 if scaled else 1), nearest(label, 7, 6), 0.3, log
+        )
+        assert len(label.unique()) >= 3
+        torch.testing.assert_close(found, expected)
+        found.backward()
+        assert attention.grad is not None
+        assert attention.grad.any()
+        assert shown.scores.grad is None
+
+    def test_or_takes_the_methods(self) -> None:
+        affinity = torch.rand(2, 42, 42, requires_grad=True)
+        label = torch.randint(0, 3, (2, 56, 48))
+        shown = replace(seen(), affinity=affinity, label=label, output=None, activations=None)
+        found = Affinity(temperature=0.3, high=0.9).loss(shown)
+        expected = contrastive_affinity_loss(affinity, label[:, ::8, ::8], 0.3)
+        assert torch.equal(found, expected)
+        found.backward()
+        assert affinity.grad is not None
+
+    def test_takes_the_affinity_alone(self) -> None:
+        """A method that makes no mutually refined label has its affinity computed once."""
+        shown = seen()
+        assert shown.output is not None
+        affinity = torch.rand(2, 42, 42)
+        given = replace(shown, affinity=affinity)
+        label = MutualRefinement()(
+            given.certainties(), affinity, (7, 6), given.images, given.labels, given.valid
+        ).label
+        expected = contrastive_affinity_loss(affinity, nearest(label, 7, 6), 0.5)
+        torch.testing.assert_close(Affinity().loss(given), expected)
+
+    def test_defaults(self) -> None:
+        addon, refinement = Affinity(), MutualRefinement()
+        assert (addon.weight, addon.temperature, addon.log, addon.start_step) == (
+            0.1,
+            0.5,
+            False,
+            0,
+        )
+        assert addon.cams == ("cam",)
+        for name in self.OPTIONS:
+            assert getattr(addon.refinement, name) == getattr(refinement, name)
+
+    def test_asks_for_attention(self) -> None:
+        for blocks, wanted in ((None, (0, 1)), ("all", (0, 1)), ((-1,), (1,))):
+            net = network().train()
+            Affinity(blocks=blocks).prepare(net)
+            assert net.wanted_attention == wanted
+
+    def test_needs_a_vit(self) -> None:
+        cnn = WSSSNetwork("resnet10t", 3, early_block=-2, channels=[8, 8, 16, 16])
+        with pytest.raises(UserError, match=r"backbone\.name='resnet10t'.*plain ViT"):
+            Affinity().prepare(cnn)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"temperature": 0.0}, UserError, r"addon\.affinity\.temperature=0\.0"),
+            ({"low": 0.8}, ValueError, r"low=0\.8, high=0\.7"),
+            ({"par_scale": 2.0}, ValueError, r"par_scale=2\.0"),
+        ],
+    )
+    def test_mistakes(self, options: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            Affinity(**options)
+
+
+def network(**kwargs: Any) -> WSSSNetwork:
+    torch.manual_seed(0)
+    vit = {"depth": 2, "embed_dim": 24, "num_heads": 2, "early_block": -2, "img_size": 48}
+    return WSSSNetwork("vit_tiny_patch16_224", 3, **(vit | kwargs))  # type: ignore[arg-type]
+
+
+class TestWeights:
+    """UniA's losses have their weight whatever the optimizer; the others a factor of its."""
+
+    def test_next_to_the_classification(self) -> None:
+        step = Step(TERMS, (seen(), replace(seen(), cam="early_cam", term="cls_early")))
+        own = {"cls": 0.5, "cls_early": 2.0}
+        both = ("cam", "early_cam")
+        for kind, name in ((Distribution, "distribution"), (Affinity, "affinity")):
+            weights = join(kind(weight=0.3, cams=both), step, own)
+            assert weights[name] == pytest.approx(0.15)
+            assert weights[f"{name}_early"] == pytest.approx(0.6)
+            assert {k: weights[k] for k in own} == own
+            assert f"{name}_early" not in join(kind(), step, own)
+
+
+class TestStartStep:
+    @pytest.mark.parametrize(
+        "addon",
+        [
+            Constant(start_step=3),
+            Distribution(start_step=3),
+            Affinity(start_step=3),
+            FeatureSimilarity(start_step=3),
+            ImportanceSampling(start_step=3),
+        ],
+        ids=lambda addon: addon.name,
+    )
+    def test_absent_before_and_present_at_it(self, addon: AddOn) -> None:
+        method = CAM(
+            network=network(neck=UncertaintyNeck), classes=("a", "b", "c"), addons={"one": addon}
+        ).train()
+        for step, there in ((0, False), (2, False), (3, True), (4, True)):
+            method._trainer = SimpleNamespace(global_step=step)  # type: ignore[assignment]
+            terms, weights = method.with_addons(method.step(batch()))
+            assert ("one" in terms) == ("one" in weights) == there, step
+            assert (weights.get("cls", 1.0) != 1.0) == (there and addon.keeps != 1.0), step
+
+    def test_default_is_the_first(self) -> None:
+        for kind in (Constant, Distribution, Affinity, FeatureSimilarity, ImportanceSampling):
+            assert kind().start_step == 0
+
+
+def test_a_method_prepares_its_addons() -> None:
+    names = ("a", "b", "c")
+    with pytest.raises(UserError, match=r"addon\.mine needs the distribution"):
+        CAM(network=network(), classes=names, addons={"mine": Distribution()})
+    method = CAM(network=network(), classes=names, addons={"mine": Affinity()}).train()
+    assert method.network.wanted_attention == (0, 1)
+    assert method.step(batch()).views[0].output.attention is not None  # type: ignore[union-attr]

@@ -23,6 +23,7 @@ METHODS = {
     "mctformer": ["method=mctformer"],
     "seam": ["method=seam", "backbone=cnn_shapes", "method.optimizer=sgd", "method.lr=0.01"],
     "spatial_bce": ["method=spatial_bce", "backbone=cnn_shapes"],
+    "unia": ["method=unia", "method.loss_warmup_steps=2", "method.aux_steps=3"],
 }
 VIT = [o for o in TINY if o.startswith("backbone.")]
 COMMON = [
@@ -37,6 +38,26 @@ def overrides(name: str, root: Path, *more: str) -> list[str]:
     return ["experiment=shapes", *chosen, *COMMON, *network, f"data.root={root}", *more]
 
 
+def short(name: str, addon: str, root: Path, *more: str) -> list[str]:
+    """Twenty steps, most of them after the warm-up of methods that have one."""
+    steps = ["trainer.max_steps=20", "trainer.log_every_n_steps=1", "evaluate=false"]
+    return overrides(name, root, f"addon={addon}", *steps, *more)
+
+
+def logged(folder: Path, term: str) -> list[float]:
+    """Values of a term that a run has written."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [float(row[f"loss/{term}"]) for row in rows if row.get(f"loss/{term}")]
+
+
+def restored_addons(folder: Path) -> set[str]:
+    """Names of the add-ons of the method that the last checkpoint brings back."""
+    path = folder / "checkpoints/last.ckpt"
+    content = read_checkpoint(path)
+    return set(restore_method(content, saved_config(content, path), path).addons)
+
+
 def test_every_method_is_here() -> None:
     files = {p.stem for p in (config_dir() / "method").glob("*.yaml")}
     chosen = {o.split("=")[1] for options in METHODS.values() for o in options[:1]}
@@ -44,21 +65,68 @@ def test_every_method_is_here() -> None:
     assert files - {"base", "supervised", "cosa_release"} == chosen
 
 
-@pytest.mark.parametrize("addon", ["isl", "fsl", "isl_fsl"])
 @pytest.mark.parametrize("name", METHODS)
-def test_trains_with(name: str, addon: str, shapes_root: Path, tmp_path: Path) -> None:
-    more = [f"addon={addon}", "trainer.max_steps=20", "trainer.log_every_n_steps=1"]
+def test_trains_with_both_regularisations(name: str, shapes_root: Path, tmp_path: Path) -> None:
+    more = ["addon=isl_fsl", "trainer.max_steps=20", "trainer.log_every_n_steps=1"]
+    more += ["neck=none"] if name == "unia" else []
     scores = train(compose("train", overrides(name, shapes_root, *more)), tmp_path)
     assert "on/cpl/miou_ms_flip" in scores
-    with (tmp_path / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for term in addon.split("_"):
-        values = [float(row[f"loss/{term}"]) for row in rows if row.get(f"loss/{term}")]
-        assert len(set(values)) > 10  # logged in (nearly) every step, and not a constant
+    for term in ("isl", "fsl"):
+        assert len(set(logged(tmp_path, term))) > 10  # (nearly) every step, and not a constant
+    assert restored_addons(tmp_path) == {"isl", "fsl"}
+
+
+NECK = "neck=uncertainty"
+#: methods whose test configuration has a ViT
+WITH_VIT = [name for name, chosen in METHODS.items() if "backbone=cnn_shapes" not in chosen]
+SHORT = [
+    *((name, addon, []) for name in METHODS for addon in ("isl", "fsl")),
+    *((name, "distribution", [NECK]) for name in METHODS),
+    *((name, "affinity", []) for name in WITH_VIT),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "addon", "more"), SHORT, ids=[f"{name}-{addon}" for name, addon, _ in SHORT]
+)
+def test_trains_with(
+    name: str, addon: str, more: list[str], shapes_root: Path, tmp_path: Path
+) -> None:
+    train(compose("train", short(name, addon, shapes_root, *more)), tmp_path)
+    values = logged(tmp_path, addon)
+    assert len(values) > 15  # a sampled loss may be not drawn in a step
+    assert len(set(values)) > 10 or addon == "affinity"  # no pairs yet where little is decided
+    assert restored_addons(tmp_path) == {addon}
     path = tmp_path / "checkpoints/last.ckpt"
-    content = read_checkpoint(path)
-    restored = restore_method(content, saved_config(content, path), path)
-    assert set(restored.addons) == set(addon.split("_"))
+    state = torch.load(path, weights_only=True)["state_dict"]
+    has_neck = any(key.startswith("network.neck.") for key in state)
+    assert has_neck == (NECK in more or name == "unia")
+
+
+def test_cosa_with_the_neck_alone(shapes_root: Path, tmp_path: Path) -> None:
+    train(compose("train", short("cosa", "none", shapes_root, NECK)), tmp_path)
+    state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    necks = [key for key in state if ".neck." in key]
+    # The assignment network has one, too, which follows.
+    assert {key.split(".")[0] for key in necks} == {"network", "assignment"}
+    moved = [key for key in necks if not torch.equal(state[key], state[other(key)])]
+    assert moved
+
+
+def other(key: str) -> str:
+    """The same parameter of the other network of CoSA."""
+    first, rest = key.split(".", 1)
+    return ("assignment." if first == "network" else "network.") + rest
+
+
+@pytest.mark.parametrize("addon", ["unia", "[unia,isl_fsl]"])
+def test_cosa_with_all_of_unia(addon: str, shapes_root: Path, tmp_path: Path) -> None:
+    """Neck and both losses, and those of IS-CAM beside them."""
+    train(compose("train", short("cosa", addon, shapes_root, NECK)), tmp_path)
+    names = {"distribution", "affinity"} | ({"isl", "fsl"} if "fsl" in addon else set())
+    for name in names:
+        assert len(logged(tmp_path, name)) > 15, name
+    assert restored_addons(tmp_path) == names
 
 
 def test_both_cams(shapes_root: Path, tmp_path: Path) -> None:
@@ -89,6 +157,12 @@ def test_without_weight_nothing_changes(name: str, shapes_root: Path, tmp_path: 
         ("seam", ["addon=isl", "addon.isl.cams=[early_cam]"], "seam trains no early CAM"),
         ("cam", ["method=supervised", "addon=fsl"], "supervised trains no CAM"),
         ("cam", ["addon=fsl", "addon.fsl.gate=max"], r"addon\.fsl\.gate='max'"),
+        ("cam", ["addon=distribution"], r"addon\.distribution needs.*neck=uncertainty"),
+        ("unia", ["neck=none"], r"addon\.distribution needs.*neck=uncertainty"),
+        ("seam", ["addon=affinity"], r"backbone\.name='resnet.*plain ViT"),
+        ("unia", ["method.refine=walk"], r"method\.refine='walk'"),
+        ("unia", ["method.blocks=[0]", "addon.affinity.blocks=[1]"], "one value"),
+        ("unia", ["method.low=0.9"], r"low=0\.9, high=0\.7"),
     ],
 )
 def test_mistakes(name: str, more: list[str], message: str, shapes_root: Path) -> None:

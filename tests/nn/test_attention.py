@@ -200,16 +200,24 @@ class TestWishes:
                 network.want_attention(blocks)
         assert network.train().wanted_attention == ()
 
-    @pytest.mark.parametrize("blocks", [[3], [-4], [0, 7], []])
-    def test_blocks_that_are_not_there(self, blocks: list[int]) -> None:
-        with pytest.raises(UserError, match=r"from -3 to 2"):
+    @pytest.mark.parametrize("blocks", [[3], [-4], [0, 7], [], "last"])
+    def test_blocks_that_are_not_there(self, blocks: Any) -> None:
+        with pytest.raises(UserError, match=r"from -3 to 2 in a list, or 'all'"):
             make(depth=3).want_attention(blocks)
 
+    def test_all(self) -> None:
+        network = make(depth=3).train()
+        network.want_attention("all")
+        network.want_attention([2, 1, 0])
+        assert network.wanted_attention == (0, 1, 2)
+        with pytest.raises(UserError, match=r"\[0, 1, 2\] and of \[1\]"):
+            network.want_attention([1])
+
     def test_any_goes_with_all(self) -> None:
-        """The last block unless somebody names others, before or after."""
+        """All blocks unless somebody names some, before or after."""
         network = make(depth=3).train()
         network.want_attention()
-        assert network.wanted_attention == (2,)
+        assert network.wanted_attention == (0, 1, 2)
         network.want_attention([0, 1])
         network.want_attention()
         assert network.wanted_attention == (0, 1)

@@ -12,7 +12,12 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 
-ORDER = ["01_quickstart.ipynb", "02_what_the_losses_see.ipynb", "03_isl_fsl.ipynb"]
+ORDER = [
+    "01_quickstart.ipynb",
+    "02_what_the_losses_see.ipynb",
+    "03_isl_fsl.ipynb",
+    "04_unia.ipynb",
+]
 
 
 @pytest.fixture(scope="module")

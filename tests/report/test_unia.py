@@ -19,9 +19,6 @@ from wsss.nn import UncertaintyNeck, WSSSNetwork
 from wsss.pseudo import (
     MutualRefinement,
     multi_scale,
-    mutual_complement,
-    normalise_cam,
-    random_walk,
     sinkhorn,
 )
 from wsss.report import pictures
@@ -204,8 +201,8 @@ def test_uncertainty_is_the_mean_over_channels_at_the_size_of_the_images() -> No
         uncertainty_map(tiny_network(neck=False), batch)
 
 
-@pytest.mark.parametrize("blocks", [(-1,), (0, 2)])
-def test_affinity_by_hand(blocks: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("blocks", [(-1,), (0, 2), None])
+def test_affinity_by_hand(blocks: tuple[int, ...] | None) -> None:
     network, batch = tiny_network(), images()
     seen: dict[int, Tensor] = {}
     for index, block in enumerate(network.encoder.vit.blocks):  # type: ignore[union-attr, arg-type]
@@ -216,11 +213,12 @@ def test_affinity_by_hand(blocks: tuple[int, ...]) -> None:
             seen[index] = logits.softmax(-1).mean(1)[:, 1:, 1:]  # without the class token
 
         block.attn.qkv.register_forward_hook(keep)
-    attention, grid = attention_of(network, batch, blocks)
-    expected = torch.stack([seen[block % 3] for block in blocks]).mean(0)
+    chosen: dict[str, Any] = {} if blocks is None else {"blocks": blocks}
+    attention, grid = attention_of(network, batch, **chosen)
+    expected = torch.stack([seen[block % 3] for block in blocks or (0, 1, 2)]).mean(0)
     assert grid == GRID
     torch.testing.assert_close(attention, expected)
-    affinity, grid = affinity_of(network, batch, blocks)
+    affinity, grid = affinity_of(network, batch, **chosen)
     assert grid == GRID
     scaled = sinkhorn(expected)
     torch.testing.assert_close(affinity, (scaled + scaled.mT) / 2)
@@ -245,9 +243,8 @@ def test_labels_by_hand() -> None:
 
     assert torch.equal(found.p1, cut(cam * (cam > 0.7)))
     affinity, grid = affinity_of(network, batch.images)
-    walked = normalise_cam(random_walk(F.interpolate(cam, grid, mode="area"), affinity))
-    assert torch.equal(found.p3, cut(F.interpolate(walked, size=SIZE, mode="bilinear")))
-    assert torch.equal(found.label, mutual_complement(found.p1, found.p2, found.p3))
+    expected = MutualRefinement()(cam, affinity, grid, batch.images, batch.labels)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len({tuple(label.flatten().tolist()) for label in found}) >= 3
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wsss.nn import WSSSNetwork
+from wsss.nn.network import evaluating
 from wsss.pseudo import MultiScaleOutput, multi_scale
 
 
@@ -17,11 +18,7 @@ def own_activations(
 ) -> MultiScaleOutput:
     """CAMs of a network in training, fused over scales and flips, absent classes 0.
 
-    Its mode is evaluation meanwhile: no stochastic depth, no noise in a neck, and the statistics of
-    batch norms see the trained view alone.
+    Its mode is evaluation meanwhile: the statistics of batch norms see the trained view alone.
     """
-    was_training = network.training
-    network.eval()
-    out = multi_scale(network, images, scales, labels=labels, decode=False)
-    network.train(was_training)
-    return out
+    with evaluating(network):
+        return multi_scale(network, images, scales, labels=labels, decode=False)

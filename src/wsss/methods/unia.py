@@ -59,7 +59,8 @@ class UniA(Method):
         **kwargs: of :class:`~wsss.methods.base.Method`; ``cam_scales`` are those of the labels.
 
     Raises:
-        UserError: an option that cannot be.
+        UserError: an unknown refinement, or ``mutual`` without a plain ViT.
+        ValueError: of :class:`~wsss.pseudo.MutualRefinement`.
     """
 
     def __init__(
@@ -127,11 +128,14 @@ class UniA(Method):
             terms["seg"] = torch.stack(unused).sum() * 0.0
             return Step(terms, self._views(output, batch, activations))
 
-        affinity = None if output.attention is None else symmetric_affinity(output.attention)
-        label, mutual = self.label(activations, affinity, output, batch)
+        affinity = None
+        if self.refine == "mutual" and self.trainer.global_step >= self.refine_start_step:
+            assert output.attention is not None
+            affinity = symmetric_affinity(output.attention)
+        label = self.label(activations, affinity, output, batch)
         terms |= self.segmentation(output, label, batch)
-        views = self._views(output, batch, activations, affinity, label if mutual else None)
-        return Step(terms, views)
+        mutual = None if affinity is None else label
+        return Step(terms, self._views(output, batch, activations, affinity, mutual))
 
     def segmentation(self, output: NetworkOutput, label: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The decoder's terms for a label (B, H, W)."""
@@ -167,17 +171,17 @@ class UniA(Method):
         affinity: Tensor | None,
         output: NetworkOutput,
         batch: Batch,
-    ) -> tuple[Tensor, bool]:
-        """The decoder's label (B, H, W), and whether it is the mutually refined one."""
+    ) -> Tensor:
+        """The decoder's label (B, H, W): mutually refined where there is an affinity (B, N, N)."""
         cam = self.label_cam(activations)
+        if affinity is not None:
+            grid = (output.cam.shape[-2], output.cam.shape[-1])
+            return self.refinement(
+                cam, affinity.detach(), grid, batch.weak, batch.labels, batch.valid
+            ).label
         if self.refine == "none":
-            return two_threshold_label(cam, self.low, self.high, batch.valid), False
-        late = self.trainer.global_step >= self.refine_start_step
-        if self.refine == "par" or affinity is None or not late:
-            return self.refinement.label(cam, batch.weak, batch.labels, batch.valid), False
-        grid = (output.cam.shape[-2], output.cam.shape[-1])
-        found = self.refinement(cam, affinity.detach(), grid, batch.weak, batch.labels, batch.valid)
-        return found.label, True
+            return two_threshold_label(cam, self.low, self.high, batch.valid)
+        return self.refinement.label(cam, batch.weak, batch.labels, batch.valid)
 
     @torch.no_grad()
     def token_label(self, activations: MultiScaleOutput, batch: Batch, tokens: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,17 @@ class NetworkOutput(NamedTuple):
     tokens: Tensor | None = None
     neck: NeckOutput | None = None
     attention: Tensor | None = None
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode meanwhile: no stochastic depth, and batch statistics stay as they are."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 class Classifier(nn.Module):
@@ -128,8 +140,8 @@ class WSSSNetwork(nn.Module):
         )
         dim = self.encoder.dim
         self.neck = neck if neck is None or isinstance(neck, nn.Module) else neck(dim)
-        # Blocks whose attention a pass in training mode keeps.
-        self._kept_blocks: tuple[int, ...] = ()
+        #: blocks whose attention a pass in training mode keeps
+        self.kept_blocks: tuple[int, ...] = ()
         self._wished_blocks: tuple[int, ...] = ()
         self.classifier = Classifier(dim, num_classes)
         self.early_classifier = Classifier(self.encoder.early_dim, num_classes)
@@ -184,19 +196,19 @@ class WSSSNetwork(nn.Module):
         """
         chosen = choose_blocks(self.encoder, "all" if blocks is None else blocks)
         if blocks is None:
-            self._kept_blocks = self._kept_blocks or chosen
+            self.kept_blocks = self.kept_blocks or chosen
             return
         if self._wished_blocks not in ((), chosen):
             raise UserError(
                 f"Attention is wanted of blocks {list(self._wished_blocks)} and of "
                 f"{list(chosen)}: give method.blocks and addon.affinity.blocks one value."
             )
-        self._kept_blocks = self._wished_blocks = chosen
+        self.kept_blocks = self._wished_blocks = chosen
 
     @property
     def wanted_attention(self) -> tuple[int, ...]:
         """The blocks whose attention the next pass keeps."""
-        return self._kept_blocks if self.training else ()
+        return self.kept_blocks if self.training else ()
 
     def set_pooling(self, pooling: str) -> None:
         """How image logits pool the features: ``gmp``, the maximum, or ``gap``, the mean.

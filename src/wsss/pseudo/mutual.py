@@ -48,7 +48,8 @@ class MutualRefinement:
         par_scale: factor of the image's size at which pixels are compared.
 
     Raises:
-        ValueError: thresholds that are no two numbers of [0, 1] in order, or a scale out of range.
+        ValueError: thresholds that are no two numbers of [0, 1] in order, or another option out of
+            range.
 
     Source: Yang et al., Tackling Ambiguity from Perspective of Uncertainty Inference and Affinity
     Diversification for Weakly Supervised Semantic Segmentation (arXiv 2404.08195).
@@ -65,6 +66,10 @@ class MutualRefinement:
     ) -> None:
         if not 0 <= low <= high <= 1:
             raise ValueError(f"low={low}, high={high}: give 0 <= low <= high <= 1.")
+        if power <= 0 or walk_steps < 0:
+            raise ValueError(
+                f"power={power}, walk_steps={walk_steps}: give more than 0, and 0 or more."
+            )
         if not 0 < par_scale <= 1:
             raise ValueError(f"par_scale={par_scale}: give more than 0, and 1 at most.")
         self.high, self.low = high, low
@@ -94,7 +99,7 @@ class MutualRefinement:
             valid: (B, H, W) bool, False on padding.
         """
         present = PresentChannels(labels)
-        few = present.take(activations)
+        few = present.take(_precise(activations))
         reweighted = self.reweighted(few)
         p1 = self._label(reweighted)
         p2 = self._label(self.refined(reweighted, images))
@@ -112,10 +117,13 @@ class MutualRefinement:
     ) -> Tensor:
         """Label (B, H, W) after pixel-adaptive refinement alone, of all activations."""
         present = PresentChannels(labels)
-        return present.names(self._label(self.refined(present.take(activations), images)), valid)
+        return present.names(
+            self._label(self.refined(present.take(_precise(activations)), images)), valid
+        )
 
     def reweighted(self, activations: Tensor) -> Tensor:
         """Activations above ``high``, all others 0 (eq. 8)."""
+        activations = _precise(activations)
         return activations * (activations > self.high)
 
     def refined(self, activations: Tensor, images: Tensor) -> Tensor:
@@ -137,6 +145,11 @@ class MutualRefinement:
 
     def _label(self, activations: Tensor) -> Tensor:
         return two_threshold_label(activations, self.low, self.high)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In bf16 the thresholds themselves would be rounded."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

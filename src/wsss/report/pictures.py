@@ -119,7 +119,8 @@ def draw_panels(method: Method, batch: EvalBatch, threshold: float | None = None
 
     Columns: ``image``, ``truth``; ``CAM`` (strongest class that the image holds) and ``CPL`` of
     methods with CAMs; ``SPL`` (classes that the image holds) of methods that have CAMs and
-    segmentation; ``prediction`` (all classes) of methods with segmentation.
+    segmentation; ``prediction`` (all classes) of methods with segmentation. After ``CAM`` comes
+    what :func:`~wsss.report.unia.extra_maps` finds, nothing without UniA's parts.
 
     Args:
         method: in eval mode, on the device of the images.

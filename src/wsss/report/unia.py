@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,9 +10,9 @@ from wsss.addons import Affinity
 from wsss.methods.base import Method
 from wsss.methods.unia import UniA
 from wsss.nn import UncertaintyNeck, WSSSNetwork
-from wsss.nn.attention import choose_blocks, keep_attention
+from wsss.nn.attention import Blocks, choose_blocks, keep_attention
 from wsss.nn.neck import min_max
-from wsss.nn.network import between_patches
+from wsss.nn.network import between_patches, evaluating
 from wsss.pseudo import MutualLabels, MutualRefinement, symmetric_affinity
 
 
@@ -33,7 +30,7 @@ def uncertainty_map(network: WSSSNetwork, images: Tensor) -> Tensor:
     Raises:
         ValueError: no uncertainty is inferred.
     """
-    with _evaluating(network):
+    with evaluating(network):
         neck = network(images, decode=False).neck
     if neck is None or neck.uncertainty is None:
         raise ValueError("the network infers no uncertainty: choose neck=uncertainty.")
@@ -44,14 +41,14 @@ def uncertainty_map(network: WSSSNetwork, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_of(
-    network: WSSSNetwork, images: Tensor, blocks: Sequence[int] = (-1,)
+    network: WSSSNetwork, images: Tensor, blocks: Blocks = "all"
 ) -> tuple[Tensor, tuple[int, int]]:
     """Attention between the positions of the grid, mean over heads and chosen blocks.
 
     Args:
         network: with a plain ViT; its mode is evaluation meanwhile.
         images: (B, 3, H, W) RGB in [0, 1].
-        blocks: from the end where negative.
+        blocks: numbers, from the end where negative, or "all".
 
     Returns:
         (B, N, N), rows attend to columns, and the grid h and w, N = h w. Its rows sum to less than
@@ -61,7 +58,7 @@ def attention_of(
         UserError: an encoder without attention or without such a block.
     """
     with (
-        _evaluating(network),
+        evaluating(network),
         keep_attention(network.encoder, choose_blocks(network.encoder, blocks)) as kept,
     ):
         cam = network(images, decode=False).cam
@@ -72,7 +69,7 @@ def attention_of(
 
 
 def affinity_of(
-    network: WSSSNetwork, images: Tensor, blocks: Sequence[int] = (-1,)
+    network: WSSSNetwork, images: Tensor, blocks: Blocks = "all"
 ) -> tuple[Tensor, tuple[int, int]]:
     """Affinity between the positions of the grid (UniA, eq. 11), and the grid.
 
@@ -91,7 +88,7 @@ def mutual_labels(
     activations: Tensor,
     labels: Tensor,
     refinement: MutualRefinement | None = None,
-    blocks: Sequence[int] = (-1,),
+    blocks: Blocks = "all",
 ) -> MutualLabels:
     """P1, P2, P3 and P of images (UniA, eq. 12 to 15), by the network's own affinity.
 
@@ -132,7 +129,7 @@ def extra_maps(
     if refinement is None:
         return maps, {}
     found = mutual_labels(
-        network, images, activations, labels, refinement, method.network._kept_blocks
+        network, images, activations, labels, refinement, method.network.kept_blocks
     )
     return maps, dict(zip(("P1", "P2", "P3", "P"), found, strict=True))
 
@@ -145,13 +142,3 @@ def refinement_of(method: Method) -> MutualRefinement | None:
         if isinstance(addon, Affinity):
             return addon.refinement
     return None
-
-
-@contextmanager
-def _evaluating(network: WSSSNetwork) -> Iterator[None]:
-    was_training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(was_training)
