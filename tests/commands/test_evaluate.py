@@ -163,13 +163,19 @@ def test_files_of_a_checkpoint(
     assert precisions
     for c, row in zip(names, rows[:-1], strict=True):
         expected = {name: content["per_class"][name][c] for name in content["per_class"]}
+        for full, by_class in content["details"].items():
+            if full.endswith(("/seg/miou_ms_flip", "/cpl/miou_ms_flip")):
+                for name, value in by_class[c].items():
+                    share = value is not None and name == "confusion_ratio"
+                    expected[full.replace("miou", name)] = 100 * value if share else value
         if c != "background":
             for name, by_class in boundaries.items():
                 expected[name.replace("miou", "boundary_f")] = by_class[c]
             for network, by_class in precisions.items():
                 expected[f"{network}/cls/map"] = by_class[c]
         filled = {k: float(v) for k, v in row.items() if v}
-        assert filled == {k: v for k, v in expected.items() if v is not None}, c
+        known = {k: pytest.approx(v) for k, v in expected.items() if v is not None}
+        assert filled == known, c
 
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
@@ -199,7 +205,8 @@ def test_a_part_scores_as_among_all(score: Evaluate, checkpoint: Path, tmp_path:
     images = read_csv(tmp_path / "out/images.csv")
     part = score("networks=[an]", "protocols=[seg/miou_ss,cpl/miou_ms_flip]", "boundary=false")
     labels = {f"an/cls/{name}" for name in ("map", "image_ap")}
-    assert set(part) == {"an/seg/miou_ss", "an/cpl/miou_ms_flip"} | labels
+    means = {f"an/cpl/{name}_ms_flip" for name in ("precision", "recall", "confusion_ratio")}
+    assert set(part) == {"an/seg/miou_ss", "an/cpl/miou_ms_flip"} | labels | means
     assert part == {name: whole[name] for name in part}
     rows = read_csv(tmp_path / "out/images.csv")
     assert [*rows[0]] == ["name", "an/seg/miou_ss", "an/cpl/miou_ms_flip"]

@@ -11,7 +11,9 @@ from tests.commands.conftest import TINY, Run, compose
 from wsss.build import build_method, build_network
 from wsss.cli import config_dir
 from wsss.errors import UserError
-from wsss.methods import CoSA
+from wsss.methods import CoSA, UniA
+from wsss.methods.base import Method
+from wsss.nn import UncertaintyNeck
 from wsss.train import apply_variant
 
 SWEEPS = sorted(f.stem for f in (config_dir() / "sweep").glob("*.yaml") if f.stem != "base")
@@ -19,13 +21,15 @@ CLASSES = ("cat", "dog")
 
 
 def settings(sweep: str, *overrides: str) -> DictConfig:
-    return compose("train", [*TINY, "data.root=nowhere", f"sweep={sweep}", *overrides])
+    usual = TINY
+    if sweep.startswith("unia"):  # the other settings are CoSA's
+        usual = [o for o in TINY if not o.startswith(("method.", "experiment="))]
+        usual = ["experiment=unia_shapes", *usual]
+    return compose("train", [*usual, "data.root=nowhere", f"sweep={sweep}", *overrides])
 
 
-def method_of(config: DictConfig) -> CoSA:
-    method = build_method(config, build_network(config, len(CLASSES)), CLASSES)
-    assert isinstance(method, CoSA)
-    return method
+def method_of(config: DictConfig) -> Method:
+    return build_method(config, build_network(config, len(CLASSES)), CLASSES)
 
 
 def listed(sweep: str) -> list[str]:
@@ -46,6 +50,7 @@ def test_every_variant_is_swept_once_and_fits(sweep: str) -> None:
 def test_parts_of_the_ablation() -> None:
     def parts(name: str) -> set[str]:
         method = method_of(apply_variant(settings("cosa_ablation", f"variant={name}")))
+        assert isinstance(method, CoSA)
         return {
             part
             for part, on in {
@@ -66,6 +71,27 @@ def test_parts_of_the_ablation() -> None:
     assert parts("gc") == {"gc"}
     assert parts("gc_sa") == {"gc", "sa"}
     assert parts("gc_sa_raw") == {"gc", "sa", "raw"}
+
+
+def test_parts_of_unias_ablation() -> None:
+    def parts(name: str) -> set[str]:
+        method = method_of(apply_variant(settings("unia_ablation", f"variant={name}")))
+        assert isinstance(method, UniA)
+        neck = method.network.neck
+        found = {"network": neck, "mutual": method.refine == "mutual"}
+        if isinstance(neck, UncertaintyNeck):
+            found |= {"channel": neck.channel_mu, "spatial": neck.spatial_mu}
+        return {part for part, on in found.items() if on} | set(method.addons)
+
+    network = {"network", "channel", "spatial"}
+    everything = network | {"mutual", "distribution", "affinity"}
+    assert parts("base") == set()
+    assert parts("network") == network
+    assert parts("distribution") == network | {"distribution"}
+    assert parts("mutual") == everything - {"affinity"}
+    assert parts("full") == parts("mu_only") == everything
+    assert parts("channel") == everything - {"spatial"}
+    assert parts("spatial") == everything - {"channel"}
 
 
 def test_no_variant_changes_nothing() -> None:

@@ -74,16 +74,24 @@ def test_collect_names_every_network_and_protocol_in_percent(cosa: Method) -> No
     content = collect(cosa, step=7)
     tables = cosa.compute_tables()
     labels = ("cls/map", "cls/image_ap")
+    means = ("precision", "recall", "confusion_ratio")
+    headline = {f"{p}/{name}_ms_flip": (p, name) for p in ("seg", "cpl") for name in means}
     assert set(content["scores"]) == {
-        f"{n}/{p}" for n in ("an", "on") for p in (*tables["an"], *labels)
+        f"{n}/{p}" for n in ("an", "on") for p in (*tables["an"], *labels, *headline)
     }
     for name, value in content["scores"].items():
         network, protocol = name.split("/", 1)
         if protocol in labels:
             found = cosa.scores[network].compute_classification()[protocol[4:]]
+        elif protocol in headline:
+            kind, mean = headline[protocol]
+            found = tables[network][f"{kind}/miou_ms_flip"][f"mean_{mean}"]
         else:
             found = tables[network][protocol]["miou"]
-        assert value == round(100 * float(found), 2)
+        if value is None:  # a confusion ratio where nothing is right
+            assert not found.isfinite()
+        else:
+            assert value == round(100 * float(found), 2)
     assert content["classes"] == ["background", *CLASSES]
     assert {k: content[k] for k in ("name", "method", "seed", "step")} == {
         "name": "tiny",
@@ -93,6 +101,37 @@ def test_collect_names_every_network_and_protocol_in_percent(cosa: Method) -> No
     }
     means = content["means"]["an/seg/miou_ms_flip"]
     assert set(means) == {"precision", "recall", "confusion_ratio"}
+
+
+def test_details_by_class(cosa: Method, tmp_path: Path) -> None:
+    content = collect(cosa)
+    table = cosa.compute_tables()["an"]["seg/miou_ms_flip"]
+    details = content["details"]["an/seg/miou_ms_flip"]
+    assert list(details) == content["classes"]
+    for i, name in enumerate(content["classes"]):
+        for key, factor in (("precision", 100), ("recall", 100), ("confusion_ratio", 1)):
+            value, expected = details[name][key], factor * float(table[key][i])
+            if value is None:
+                assert not math.isfinite(expected)
+            else:
+                assert value == pytest.approx(expected, abs=0.006)
+    made = class_table(
+        {f"{n}/seg/miou_ms_flip": dict.fromkeys(details, 1.0) for n in ("an", "on")},
+        {"an/seg/miou_ms_flip": {c: dict(zip("abc", (2, 3, 0.25), strict=True)) for c in details}},
+    )
+    headings = [str(column.header) for column in made.columns]
+    assert headings == ["class", "AN", "ON", "precision", "recall", "FP/TP"]
+    assert [next(iter(column.cells)) for column in made.columns[1:]] == [
+        *("1.00", "1.00", "2.00", "3.00", "0.25")
+    ]
+    assert "AN" in str(made.caption)
+    write_class_tables(tmp_path, content)
+    with (tmp_path / "scores.csv").open() as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    cell = rows["background"]["an/seg/precision_ms_flip"]
+    assert float(cell) == details["background"]["precision"]
+    cell = rows["mean"]["an/seg/recall_ms_flip"]
+    assert float(cell) == content["scores"]["an/seg/recall_ms_flip"]
 
 
 def test_class_without_a_pixel_is_none_and_a_dash() -> None:

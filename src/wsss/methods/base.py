@@ -297,16 +297,15 @@ class Method(L.LightningModule):
     def compute_scores(self) -> dict[str, Tensor]:
         """Every score of every network in [0, 1] by full name (``an/seg/miou_ms_flip``).
 
-        mIoU of each protocol; of each network's headline, the first it has of
-        :data:`~wsss.metrics.protocols.HEADLINES`, also mean precision, recall and confusion ratio
-        FP / TP (``an/seg/precision_ms_flip``); average precisions of the image labels
+        mIoU of each protocol; of :data:`~wsss.metrics.protocols.HEADLINES` also mean precision,
+        recall and confusion ratio FP / TP (``an/seg/precision_ms_flip``); average precisions of the
+        image labels
         (``an/cls/map``); where the tables have them, the mean Dice over groups
         (``an/seg/group_dice_ms_flip``), boundary F, its mean with mIoU (``an/seg/jf_ms_flip``), and
         C-mIoU.
         """
         scores = {}
         for network, value_by_protocol in self.compute_tables().items():
-            headline = next((name for name in HEADLINES if name in value_by_protocol), None)
             for protocol, value in value_by_protocol.items():
                 full = f"{network}/{protocol}"
                 scores[full] = value["miou"].float()
@@ -315,7 +314,7 @@ class Method(L.LightningModule):
                     "boundary_f": value.get("mean_boundary_f"),
                     "cmiou": value.get("cmiou"),
                 }
-                if protocol == headline:
+                if protocol in HEADLINES:
                     more |= {n: value[f"mean_{n}"] for n in ("precision", "recall", RATIO)}
                 if "mean_boundary_f" in value:
                     more["jf"] = (value["miou"] + value["mean_boundary_f"]) / 2

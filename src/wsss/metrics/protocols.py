@@ -27,7 +27,7 @@ SEGMENTATION_PROTOCOLS = (
 )
 CRF_PROTOCOLS = ("seg/miou_ms_flip_crf", "seg_given_tags/miou_ms_flip_crf")
 CAM_PROTOCOLS = ("cpl/miou_ms_flip", "cpl_early/miou_ms_flip", "cpl_ensemble/miou_ms_flip")
-#: what a network is judged by: its segmentation, else its CAM pseudo-labels
+#: what a network is judged by: its segmentation and its CAM pseudo-labels
 HEADLINES = ("seg/miou_ms_flip", "cpl/miou_ms_flip")
 
 
