@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,9 +31,13 @@ def describe(precision: str, world_size: int, on_gpu: bool = False) -> dict[str,
         precision: of the run, as Lightning names it.
         world_size: number of ranks.
         on_gpu: the run uses this machine's GPUs, which ``devices`` then lists.
+
+    ``commit`` is that of the source code, ``+`` behind it if files differ from it; None where wsss
+    was installed from a wheel.
     """
     return {
         "wsss": __version__,
+        "commit": _commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "lightning", "timm", "numpy")},
         "platform": platform.platform(),
@@ -59,6 +64,24 @@ def write_environment(path: Path, about: dict[str, Any], finished: bool = False)
         )
         content["seconds"] = took.total_seconds()
     write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    answers = []
+    for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"]):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        if done.returncode:
+            return None
+        answers.append(done.stdout.strip())
+    return answers[0] + ("+" if answers[1] else "")
 
 
 def _now() -> str:

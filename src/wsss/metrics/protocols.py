@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -51,7 +51,7 @@ class ProtocolScores(nn.Module):
 
     Attributes:
         crf: preset of :func:`~wsss.pseudo.dense_crf`; None leaves its protocols out.
-        boundary: also take the boundary F of the multi-scale protocols.
+        boundary: also take the boundary F of the multi-scale protocols, or of those it names.
         chosen: protocols to take; None takes all.
         coexistence: class indices (background 0) whose mean IoU is taken apart (C-mIoU).
 
@@ -81,7 +81,7 @@ class ProtocolScores(nn.Module):
         self.names = ("background", *classes)
         self.ignore_index = ignore_index
         self.crf: str | None = None
-        self.boundary = False
+        self.boundary: bool | Collection[str] = False
         self.chosen: tuple[str, ...] | None = None
         self.coexistence: tuple[int, ...] = ()
         self.classification = ClassificationScores(len(classes), tuple(classes)) if cam else None
@@ -118,7 +118,7 @@ class ProtocolScores(nn.Module):
                 # A module's name may hold no dot; a slash is fine.
                 name: BoundaryScores(num_labels, self.ignore_index, class_names=self.names)
                 for name in self.protocols
-                if self.boundary and "ms_flip" in name
+                if "ms_flip" in name and (self.boundary is True or name in (self.boundary or ()))
             }
         )
         if self.classification is not None:

@@ -1,0 +1,240 @@
+"""Run what RESULTS.md reports, and write its tables.
+
+    python benchmarks/results.py --list
+    python benchmarks/results.py --voc VOC2012 --weights vit_tiny.safetensors --jobs 2
+    python benchmarks/results.py --only 'unia_shapes/*' --seeds 0 1 2
+    python benchmarks/results.py --write RESULTS.md       # no runs: tables of those that are done
+
+Rows are in ``benchmarks/results.yaml``. Each is one ``wsss train`` in a process of its own, with a
+folder and a log in ``--out``; rows of several tables with the same settings run once. A second call
+leaves out what is done and resumes what was cut off. All rows run with the first seed before any
+with the second, so that an early end leaves whole tables. Rows whose data is not given are left
+out, named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from wsss.files import write_atomically
+
+ROWS = Path(__file__).with_suffix(".yaml")
+#: columns: heading and score of the network to deploy
+COLUMNS = {
+    "seg": "seg/miou_ms_flip",
+    "F": "seg/boundary_f_ms_flip",
+    "precision": "seg/precision_ms_flip",
+    "recall": "seg/recall_ms_flip",
+    "FP/TP": "seg/confusion_ratio_ms_flip",
+    "Dice": "seg/group_dice_ms_flip",
+    "CPL": "cpl/miou_ms_flip",
+    "CPL F": "cpl/boundary_f_ms_flip",
+    "CPL J&F": "cpl/jf_ms_flip",
+}
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: ``settings`` are those of ``wsss train``, without the seed."""
+
+    table: str
+    name: str
+    settings: tuple[str, ...]
+
+    def folder(self, out: Path, seed: int) -> Path:
+        """Of its run; rows with the same settings share it."""
+        own = [s.split("=", 1) for s in self.settings if "{" not in s]
+        short = [v for k, v in own if k in ("experiment", "method", "variant", "neck", "addon")]
+        name = re.sub(r"[^\w.]+", "-", "_".join(short)).strip("-")
+        return out / f"{name}-seed{seed}"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("voc", "acdc", "coco", "weights"):
+        parser.add_argument(f"--{name}", help="path, for the rows that need it")
+    parser.add_argument("--only", nargs="+", default=["*"], help="rows as table/name, with * and ?")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at the same time, one thread each"
+    )
+    parser.add_argument("--out", type=Path, default=Path("outputs/results"))
+    parser.add_argument("--list", action="store_true", help="print the rows and stop")
+    parser.add_argument(
+        "--write", type=Path, help="this file's tables, from what is done, and stop"
+    )
+    arguments = parser.parse_args()
+    rows = [
+        r
+        for r in read_rows()
+        if any(fnmatch.fnmatch(f"{r.table}/{r.name}", p) for p in arguments.only)
+    ]
+    if not rows:
+        parser.error(f"--only {arguments.only}: no such row; --list prints them")
+    if arguments.list:
+        for row in rows:
+            console.print(f"{row.table}/{row.name}: {' '.join(row.settings)}", soft_wrap=True)
+    elif arguments.write:
+        write_tables(arguments.write, read_rows(), arguments.out, arguments.seeds)
+    else:
+        paths = {name: getattr(arguments, name) for name in ("voc", "acdc", "coco", "weights")}
+        sys.exit(run_all(rows, arguments.seeds, paths, arguments.out, arguments.jobs))
+
+
+def read_rows(path: Path = ROWS) -> list[Row]:
+    """All rows in the order of their tables."""
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return [
+        Row(table, name, (*own, *content["data"][about["data"]], *content["all"]))
+        for table, about in content["tables"].items()
+        for name, own in about["rows"].items()
+    ]
+
+
+# --- runs ----------------------------------------------------------------------------------
+
+
+def run_all(
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    paths: dict[str, str | None],
+    out: Path,
+    jobs: int,
+) -> int:
+    """Run what is not done, ``jobs`` at a time; the number of runs that failed."""
+    waiting: dict[Path, list[str]] = {}
+    for seed in seeds:
+        for row in rows:
+            folder = row.folder(out, seed)
+            lacking = [
+                n for n, p in paths.items() if p is None and f"{{{n}}}" in "".join(row.settings)
+            ]
+            if lacking and seed == seeds[0]:
+                console.print(f"left out, give --{' --'.join(lacking)}: {row.table}/{row.name}")
+            if not lacking and not (folder / "scores.json").is_file():
+                filled = [setting.format(**paths) for setting in row.settings]
+                waiting.setdefault(folder, [*filled, f"seed={seed}"])
+    console.print(f"{len(waiting)} runs to do")
+    out.mkdir(parents=True, exist_ok=True)
+    todo, running, failed = list(waiting.items()), {}, 0
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                folder, settings = todo.pop(0)
+                running[folder] = start(folder, settings)
+                console.print(f"{time.strftime('%H:%M')} started  {folder.name}")
+            time.sleep(1)
+            for folder, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[folder]
+                failed += process.returncode != 0
+                state = "finished" if process.returncode == 0 else f"FAILED, see {log_of(folder)}:"
+                console.print(f"{time.strftime('%H:%M')} {state} {folder.name}")
+    except KeyboardInterrupt:
+        for process in running.values():
+            process.wait()  # they were interrupted too, save their state and end
+        console.print("Stopped. The same command goes on here.")
+        return 130
+    return failed
+
+
+def log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def start(folder: Path, settings: Iterable[str]) -> subprocess.Popen[bytes]:
+    """One training in the background, resumed where an earlier one ended."""
+    command = [sys.executable, "-m", "wsss.train", *settings, f"output_dir={folder}", "ckpt=last"]
+    with log_of(folder).open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+# --- tables --------------------------------------------------------------------------------
+
+
+def write_tables(path: Path, rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> None:
+    """Put every table between its markers in a Markdown file; what lacks a run shows a dash.
+
+    The markers are ``<!-- table NAME -->`` and ``<!-- end -->``, each on a line of its own.
+    """
+    text = path.read_text()
+    for table in dict.fromkeys(row.table for row in rows):
+        start_mark = f"<!-- table {table} -->\n"
+        if start_mark not in text:
+            console.print(f"{path} has no marker for {table}")
+            continue
+        head, rest = text.split(start_mark, 1)
+        _, tail = rest.split("<!-- end -->", 1)
+        made = table_text([row for row in rows if row.table == table], out, seeds)
+        text = f"{head}{start_mark}\n{made}\n<!-- end -->{tail}"
+    write_atomically(path, text.encode())
+
+
+def table_text(rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
+    """Markdown table of one table: mean and standard deviation over the seeds that are done."""
+    found = {row.name: [r for s in seeds if (r := read_run(row.folder(out, s)))] for row in rows}
+    headings = [
+        h
+        for h, name in COLUMNS.items()
+        if any(score(r, name) is not None for rs in found.values() for r in rs)
+    ]
+    lines = [["", *headings, "seeds", "minutes", "commit"]]
+    lines.append(["---", *["---:"] * (len(headings) + 2), "---"])
+    for row in rows:
+        runs = found[row.name]
+        cells = [deviation([score(run, COLUMNS[h]) for run in runs]) for h in headings]
+        minutes = deviation([run["environment"].get("seconds", 0) / 60 for run in runs], 0)
+        commits = sorted({str(run["environment"].get("commit") or "-") for run in runs})
+        count = ", ".join(str(run["seed"]) for run in runs) or "-"
+        lines.append([row.name, *cells, count, minutes, " ".join(commits) or "-"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """``scores.json`` with its ``environment``; None where the run is not done."""
+    if not (folder / "scores.json").is_file():
+        return None
+    content: dict[str, Any] = json.loads((folder / "scores.json").read_text())
+    content["environment"] = json.loads((folder / "environment.json").read_text())
+    return content
+
+
+def score(run: dict[str, Any], name: str) -> float | None:
+    """In percent, of the network to deploy: the assignment network where there is one."""
+    for network in ("an", "on"):
+        value = run["scores"].get(f"{network}/{name}")
+        if value is not None:
+            return float(value)
+    return None
+
+
+def deviation(values: Iterable[float | None], digits: int = 1) -> str:
+    """``mean ± sd`` (n - 1) of the values that exist."""
+    kept = [value for value in values if value is not None]
+    if not kept:
+        return "-"
+    mean = f"{statistics.fmean(kept):.{digits}f}"
+    return mean if len(kept) < 2 else f"{mean} ± {statistics.stdev(kept):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

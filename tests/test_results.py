@@ -1,0 +1,109 @@
+"""The script behind RESULTS.md: its rows fit, runs are told apart, tables come from their files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.commands.conftest import compose
+from wsss.train import apply_variant
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks/results.py"
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("results", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["results"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def made(out: Path, folder: Path, seed: int, seg: float) -> None:
+    folder.mkdir(parents=True)
+    scores = {"an/seg/miou_ms_flip": seg, "on/cpl/miou_ms_flip": 30.0, "on/seg/miou_ms_flip": 1.0}
+    (folder / "scores.json").write_text(json.dumps({"seed": seed, "scores": scores}))
+    (folder / "environment.json").write_text(json.dumps({"seconds": 600, "commit": "abc"}))
+
+
+def test_every_row_composes(results: ModuleType) -> None:
+    for row in results.read_rows():
+        paths = dict.fromkeys(("voc", "acdc", "coco", "weights"), "somewhere")
+        settings = [setting.format(**paths) for setting in row.settings]
+        cfg = apply_variant(compose("train", settings))
+        assert cfg.boundary
+        assert cfg.trainer.threads == 1
+
+
+def test_different_settings_have_different_folders(results: ModuleType, tmp_path: Path) -> None:
+    settings: dict[Path, tuple[str, ...]] = {}
+    for row in results.read_rows():
+        folder = row.folder(tmp_path, 0)
+        assert settings.setdefault(folder, row.settings) == row.settings, folder
+        assert row.folder(tmp_path, 1) != folder
+
+
+def test_runs_what_is_not_done(
+    results: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [
+        results.Row("t", "one", ("experiment=one", "data.root={voc}")),
+        results.Row("t", "again", ("experiment=one", "data.root={voc}")),
+        results.Row("t", "two", ("experiment=two",)),
+        results.Row("t", "three", ("experiment=three", "data.root={acdc}")),
+    ]
+    made(tmp_path, rows[2].folder(tmp_path, 0), 0, 1.0)
+    started: list[list[str]] = []
+
+    class Ended:
+        returncode = 0
+
+        def __init__(self, folder: Path, settings: list[str]) -> None:
+            started.append(settings)
+            self.returncode = int("seed=1" in settings and "experiment=two" in settings)
+
+        def poll(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(results, "start", Ended)
+    monkeypatch.setattr(results.time, "sleep", lambda seconds: None)
+    paths = {"voc": "/v", "acdc": None}
+    assert results.run_all(rows, [0, 1], paths, tmp_path, 2) == 1
+    assert started == [
+        ["experiment=one", "data.root=/v", "seed=0"],
+        ["experiment=one", "data.root=/v", "seed=1"],
+        ["experiment=two", "seed=1"],
+    ]
+    printed = capsys.readouterr().out
+    assert "left out, give --acdc: t/three" in printed
+    assert "FAILED" in printed
+
+
+def test_tables(results: ModuleType, tmp_path: Path) -> None:
+    row = results.Row("t", "one", ("experiment=one",))
+    empty = results.Row("t", "two", ("experiment=two",))
+    for seed, seg in ((0, 50.0), (2, 52.0)):
+        made(tmp_path, row.folder(tmp_path, seed), seed, seg)
+    path = tmp_path / "R.md"
+    path.write_text("before\n<!-- table t -->\nold\n<!-- end -->\nafter\n<!-- end -->\n")
+    results.write_tables(path, [row, empty], tmp_path, [0, 1, 2])
+    text = path.read_text()
+    assert text.startswith("before\n<!-- table t -->\n")
+    assert text.endswith("<!-- end -->\nafter\n<!-- end -->\n")
+    assert "old" not in text
+    assert "|  | seg | CPL | seeds | minutes | commit |" in text
+    assert "| one | 51.0 ± 1.4 | 30.0 ± 0.0 | 0, 2 | 10 ± 0 | abc |" in text
+    assert "| two | - | - | - | - | - |" in text
+    results.write_tables(path, [row, empty], tmp_path, [0, 1, 2])
+    assert path.read_text() == text
