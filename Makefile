@@ -27,17 +27,10 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# One thread a training: CoSA on one core, its bounds on the other, and the same figures every time.
-TRAIN = $(BIN)/wsss train seed=$(SEED) trainer.threads=1
 demo: install  ## train CoSA, its lower and its upper bound on generated images; table and pictures
-	$(BIN)/wsss prepare data=shapes
-	@mkdir -p $(DEMO)
-	@echo "The bounds train in the background (log: $(DEMO)/bounds.log), CoSA here."
-	@( $(TRAIN) experiment=shapes method=supervised output_dir=$(DEMO)/supervised trainer.progress=false \
-	   && $(TRAIN) experiment=shapes method=cam output_dir=$(DEMO)/cam trainer.progress=false \
-	 ) > $(DEMO)/bounds.log 2>&1 & bounds=$$!; trap "pkill -P $$bounds" INT TERM; \
-	$(TRAIN) experiment=cosa_shapes output_dir=$(DEMO)/cosa || { pkill -P $$bounds; exit 1; }; \
-	wait $$bounds || { tail -n 20 $(DEMO)/bounds.log; exit 1; }
+	$(BIN)/wsss train experiment=shapes method=supervised seed=$(SEED) output_dir=$(DEMO)/supervised
+	$(BIN)/wsss train experiment=shapes method=cam seed=$(SEED) output_dir=$(DEMO)/cam
+	$(BIN)/wsss train experiment=cosa_shapes seed=$(SEED) output_dir=$(DEMO)/cosa
 	$(BIN)/wsss report 'runs=[$(DEMO)/supervised,$(DEMO)/cam,$(DEMO)/cosa]' output_dir=$(DEMO)/report
 
 test: install  ## run the tests
