@@ -299,8 +299,7 @@ class Method(L.LightningModule):
 
         mIoU of each protocol; of :data:`~wsss.metrics.protocols.HEADLINES` also mean precision,
         recall and confusion ratio FP / TP (``an/seg/precision_ms_flip``); average precisions of the
-        image labels
-        (``an/cls/map``); where the tables have them, the mean Dice over groups
+        image labels (``an/cls/map``); where the tables have them, the mean Dice over groups
         (``an/seg/group_dice_ms_flip``), boundary F, its mean with mIoU (``an/seg/jf_ms_flip``), and
         C-mIoU.
         """
