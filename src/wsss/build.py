@@ -88,10 +88,12 @@ def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) 
             f"start ({', '.join(frozen)}): give a weights file, or train from scratch with {off}."
         )
     neck = cfg.get("neck") or {}  # checkpoints of versions without necks have none
+    decoder = cfg.get("decoder")  # nor a choice of decoders
     return method_class(cfg).network_class(
         backbone.name,
         num_classes,
         neck=hydra.utils.instantiate(neck, _convert_="all") if "_target_" in neck else None,
+        decoder=hydra.utils.instantiate(decoder, _convert_="all") if decoder else None,
         early_block=backbone.early_block,
         early_norm=backbone.early_norm,
         pretrained=bool(backbone.pretrained) and weights is None and load_weights,
@@ -129,10 +131,11 @@ def build_method(cfg: DictConfig, network: WSSSNetwork, classes: tuple[str, ...]
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain containers, with the data folder made absolute."""
+    """The configuration as plain containers, with the data folders made absolute."""
     plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    if plain.get("data", {}).get("root") not in (None, "???"):
-        plain["data"]["root"] = str(Path(plain["data"]["root"]).absolute())
+    for key in ("root", "masks"):
+        if plain.get("data", {}).get(key) not in (None, "???"):
+            plain["data"][key] = str(Path(plain["data"][key]).expanduser().absolute())
     return plain
 
 

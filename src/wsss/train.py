@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -63,6 +64,8 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
         data.setup("fit")
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
+    if data.about_masks is not None and getattr(rank_zero_only, "rank", 0) == 0:
+        print(f"Training masks: {data.about_masks}")
     checkpoint = find_checkpoint(cfg.ckpt, output_dir)
     if checkpoint is not None:
         check_classes(read_checkpoint(checkpoint), data.classes, str(checkpoint))
@@ -181,6 +184,7 @@ def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer
         precision=t.precision,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=t.gradient_clip_val,
+        sync_batchnorm=t.sync_batchnorm and torch.cuda.is_available(),
         log_every_n_steps=t.log_every_n_steps,
         # The whole run is one Lightning epoch; validation is counted in micro-batches there.
         val_check_interval=every * accumulate if every else None,

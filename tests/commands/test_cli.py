@@ -22,6 +22,10 @@ def test_every_experiment_instantiates(name: str) -> None:
     OmegaConf.set_struct(cfg, False)
     if cfg.backbone.name == "resnet38d":
         cfg.backbone.options = {"width": 0.05, "freeze_bn": False, "freeze_stem": False}
+    elif "swin" in cfg.backbone.name:
+        cfg.backbone.options.update({"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4})
+    elif "resnet101" in cfg.backbone.name:
+        cfg.backbone.options.update({"layers": [1] * 4, "channels": [8] * 4})
     elif "vit" in cfg.backbone.name or "deit" in cfg.backbone.name:
         cfg.backbone.options.depth = 1
         cfg.backbone.early_block = -1

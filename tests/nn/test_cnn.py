@@ -26,6 +26,11 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "densenet121": (32, {"block_config": (1, 1, 1, 1), "growth_rate": 4}),
     "dla34": (32, {"channels": (8, 8, 8, 16, 16, 32), "levels": (1, 1, 1, 1, 1, 1)}),
     "mobilenetv3_small_050": (16, {}),
+    # Not convolutional: windows, channels last, sizes rounded up to whole patches.
+    "swin_tiny_patch4_window7_224": (
+        32,
+        {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)},
+    ),
     "xcit_nano_12_p16_224": (16, {"depth": 3, "embed_dim": 16, "num_heads": 2}),
 }
 SIZES = [(97, 65), (64, 96), (33, 127), (128, 31)]
@@ -90,6 +95,8 @@ def test_features_are_timms_own(name: str) -> None:
         expected = encoder.features((x - mean) / std)
         stages = encoder.pyramid(x)
         final, early = encoder(x)
+    if name.startswith("swin"):  # channels last
+        expected = [stage.permute(0, 3, 1, 2) for stage in expected]
     assert len(stages) == len(expected)
     for stage, theirs in zip(stages, expected, strict=True):
         assert torch.equal(stage, theirs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import cv2
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from wsss.data.batch import Batch, EvalBatch, to_unit_range
+from wsss.data.given_masks import GivenMasks
 from wsss.data.images import VOID
-from wsss.data.layout import Purpose
+from wsss.data.layout import Purpose, Split
 from wsss.data.order import MicroBatchSampler, image_index, sample_rng
 from wsss.data.views import TwoViews, ViewPair, resize_image
 from wsss.environment import processors
@@ -172,6 +174,10 @@ class WSSSDataModule(lightning.LightningDataModule):
         eval_batch_size: evaluation images of one forward pass on one rank.
         load_masks: put masks into training batches (``method=supervised``). Evaluation always
             has them.
+        masks: folder of NAME.png for the training images, in place of the data set's own masks:
+            exported pseudo-labels; see :class:`~wsss.data.given_masks.GivenMasks`. Evaluation keeps
+            the data set's own.
+        masks_may_be_truth: take them even if they are the data set's own.
         load_originals: put the images at their own size into evaluation batches (for a CRF).
         max_val_images: evaluate on that many images, evenly spaced over the list; None for all.
         on_error: ``raise`` stops at images that cannot be used and names them all; ``skip``
@@ -196,6 +202,8 @@ class WSSSDataModule(lightning.LightningDataModule):
         eval_size: int = 448,
         eval_batch_size: int = 1,
         load_masks: bool = False,
+        masks: str | None = None,
+        masks_may_be_truth: bool = False,
         load_originals: bool = False,
         max_val_images: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
@@ -224,6 +232,8 @@ class WSSSDataModule(lightning.LightningDataModule):
         self.eval_size = eval_size
         self.eval_batch_size = eval_batch_size
         self.load_masks = load_masks
+        self.masks = masks
+        self.masks_may_be_truth = masks_may_be_truth
         self.load_originals = load_originals
         self.max_val_images = max_val_images
         self.on_error = on_error
@@ -239,8 +249,15 @@ class WSSSDataModule(lightning.LightningDataModule):
                 (validation only), or None for both.
         """
         if stage in (None, "fit") and self.train_images is None:
-            purpose: Purpose = "train_masks" if self.load_masks else "train"
-            self.train_images = self._open(self.train_split, purpose)
+            if self.masks is not None and not self.load_masks:
+                raise UserError(
+                    f"data.masks='{self.masks}': the method looks at no masks. Choose "
+                    "method=supervised for a second stage, or leave data.masks out."
+                )
+            given = self.load_masks and self.masks is not None
+            purpose: Purpose = "train_masks" if self.load_masks and not given else "train"
+            images = self._open(self.train_split, purpose)
+            self.train_images = self._with_given_masks(images) if given else images
         if self.val_images is None:
             self.val_images = self._open(self.val_split, "evaluate")
         train, val = self.train_images, self.val_images
@@ -259,6 +276,21 @@ class WSSSDataModule(lightning.LightningDataModule):
                 "checkpoint, say the data anew: data=... data.root=..."
             ) from error
         return source.open(split, purpose, self.on_error, self.min_side)
+
+    def _with_given_masks(self, images: ImageSet) -> ImageSet:
+        assert isinstance(images, Split)
+        assert self.masks is not None
+        folder = Path(self.masks).expanduser()
+        return GivenMasks(images, folder, self.on_error, self.masks_may_be_truth)
+
+    @property
+    def about_masks(self) -> str | None:
+        """What training masks are, in a sentence; None where no step sees any."""
+        if not self.load_masks or self.train_images is None:
+            return None
+        if isinstance(self.train_images, GivenMasks):
+            return self.train_images.about
+        return f"ground truth of split '{self.train_split}' (full supervision)"
 
     @property
     def classes(self) -> tuple[str, ...]:

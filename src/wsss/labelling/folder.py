@@ -9,11 +9,11 @@ from typing import Any
 
 from filelock import FileLock
 
+from wsss.data.given_masks import RECORD
 from wsss.data.images import count
 from wsss.errors import UserError
 from wsss.files import write_atomically
 
-RECORD = "pseudo_labels.json"
 #: settings that hold for all kinds of files
 COMMON = "all"
 SUFFIXES = {"cpl": ".png", "spl": ".png", "cam": ".npz"}

@@ -1,4 +1,4 @@
-"""Full supervision: the upper bound, cross-entropy on ground-truth masks."""
+"""Cross-entropy on masks: full supervision, or a second stage on pseudo-labels."""
 
 from __future__ import annotations
 
@@ -15,23 +15,37 @@ from wsss.methods.base import Method
 class Supervised(Method):
     """Encoder and decoder trained with per-pixel cross-entropy on masks.
 
-    The same network, views and schedule as the other methods, so that the ratio to it is what
-    the missing masks cost. The classifiers are neither trained nor evaluated.
+    On the data set's own masks it is the upper bound: with the same network, views and schedule as
+    a weakly supervised method, the ratio to it is what the missing masks cost. On exported
+    pseudo-labels (``data.masks``) it is the second stage of multi-stage methods such as CoSA-MS.
+    The classifiers are neither trained nor evaluated.
 
     Args:
+        pseudo_labels: for a second stage: refuse to start without ``data.masks``.
         **kwargs: of :class:`~wsss.methods.base.Method`.
     """
 
     evaluates_cam = False
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, pseudo_labels: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.pseudo_labels = pseudo_labels
         self.network.classifier.requires_grad_(False)
         self.network.early_classifier.requires_grad_(False)
 
     @classmethod
     def wants_masks(cls, settings: Mapping[str, Any]) -> bool:
         return True
+
+    def setup(self, stage: str) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self.pseudo_labels and getattr(data, "masks", None) is None:
+            raise UserError(
+                "data.masks is not set: a second stage is trained on pseudo-labels. Give a folder "
+                "of them, such as `wsss pseudo_label checkpoint=...` writes "
+                "(data.masks=outputs/.../pseudo_labels/train_aug/cpl); on the data set's own masks "
+                "train with method.pseudo_labels=false."
+            )
 
     def step(self, batch: Batch) -> Step:
         if batch.mask is None:

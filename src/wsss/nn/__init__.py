@@ -7,13 +7,16 @@ from wsss.nn.encoders import make_encoder
 from wsss.nn.neck import NeckOutput, UncertaintyNeck
 from wsss.nn.network import NetworkOutput, WSSSNetwork
 from wsss.nn.resnet38 import ResNet38Encoder
+from wsss.nn.stage_decoders import DeepLabV3Plus, UPerNet
 
 __all__ = [
     "CNNEncoder",
+    "DeepLabV3Plus",
     "LargeFOV",
     "NeckOutput",
     "NetworkOutput",
     "ResNet38Encoder",
+    "UPerNet",
     "UncertaintyNeck",
     "ViTEncoder",
     "WSSSNetwork",

@@ -1,4 +1,4 @@
-"""Encoders: any convolutional network of timm that gives the features of its stages."""
+"""Encoders: any network of timm that gives the features of its stages: CNNs, Swin and the like."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class CNNEncoder(PyramidEncoder):
         if self.pads:
             stride = self.patch_size[0]
             x = F.pad(x, (0, -width % stride, 0, -height % stride))
-        for stage, stride in zip(self.features(x), self.stage_strides, strict=True):
+        for stage, stride in zip(_planes(self.features, x), self.stage_strides, strict=True):
             yield stage[..., : -(-height // stride), : -(-width // stride)]
 
     def _needs_padding(self, blank: nn.Module) -> bool:
@@ -108,7 +108,7 @@ class CNNEncoder(PyramidEncoder):
         image = torch.empty(1, 3, height, width, device="meta")
         try:
             with torch.no_grad(), torch.device("meta"):
-                shapes = [tuple(stage.shape) for stage in blank(image)]
+                shapes = [tuple(stage.shape) for stage in _planes(blank, image)]
         except Exception:  # whatever a network says to a size that does not suit it
             return False
         cells = [(1, d, -(-height // s), -(-width // s)) for d, s in self._sizes()]
@@ -116,6 +116,14 @@ class CNNEncoder(PyramidEncoder):
 
     def _sizes(self) -> Iterator[tuple[int, int]]:
         return zip(self.stage_dims, self.stage_strides, strict=True)
+
+
+def _planes(features: Any, images: Tensor) -> list[Tensor]:
+    """The stages as (B, D, h, w); of Swin and others timm gives channels last."""
+    stages: list[Tensor] = features(images)
+    if getattr(features, "output_fmt", "NCHW") == "NHWC":
+        return [stage.permute(0, 3, 1, 2) for stage in stages]
+    return stages
 
 
 def _blank_features(
@@ -128,8 +136,9 @@ def _blank_features(
     Raises:
         UserError: timm cannot make it, or its stride is another.
     """
-    for stride in ({"output_stride": output_stride}, {}):
-        options = {"features_only": True} | stride | kwargs
+    # Networks of windows (Swin) are made for one image size unless told otherwise.
+    for own_options in ({"output_stride": output_stride}, {"strict_img_size": False}, {}):
+        options = {"features_only": True} | own_options | kwargs
         try:
             with torch.device("meta"):
                 blank: Any = timm.create_model(name, **options)

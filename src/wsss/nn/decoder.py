@@ -6,6 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def largefov(
+    encoder: nn.Module, out_channels: int, width: int = 512, dilation: int = 5
+) -> LargeFOV:
+    """:class:`LargeFOV` on the final features of an encoder, for ``conf/decoder``."""
+    dim: int = encoder.dim  # type: ignore[assignment]
+    return LargeFOV(dim, out_channels, width, dilation)
+
+
 class LargeFOV(nn.Module):
     """DeepLab's large field-of-view decoder: two dilated 3x3 convolutions and a 1x1.
 

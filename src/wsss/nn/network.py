@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from wsss.errors import UserError
 from wsss.nn.attention import Blocks, choose_blocks, keep_attention
-from wsss.nn.decoder import LargeFOV
+from wsss.nn.decoder import largefov
 from wsss.nn.encoders import make_encoder
 from wsss.nn.neck import NeckOutput
+from wsss.nn.stage_decoders import StageDecoder
 
 POOLINGS = ("gmp", "gap")
 
@@ -27,8 +28,8 @@ class NetworkOutput(NamedTuple):
         early_class_logits: (B, C), from the early features.
         cam: (B, C, h, w) CAM logits of the final features (``M``).
         early_cam: (B, C, h, w) CAM logits of the early features.
-        seg_logits: (B, C + 1, h, w) decoder logits (``S``), background first; None when the
-            decoder was not asked for.
+        seg_logits: (B, C + 1, h, w) decoder logits (``S``), background first, on a finer grid
+            from a :class:`~wsss.nn.stage_decoders.StageDecoder`; None when it was not asked for.
         features: (B, D, h, w) final patch features that the heads see (``F``).
         refined_cam: (B, C, h, w) non-negative maps that multi-scale inference takes instead of
             ``cam``; None where a method has none.
@@ -109,7 +110,8 @@ class WSSSNetwork(nn.Module):
         early_block: block or stage of the early features; None: -3 in a ViT, -2 in a CNN.
         pretrained: hub weights for the encoder.
         weights: local weights file for the encoder.
-        decoder: any module (B, D, h, w) -> (B, C + 1, h, w); None builds :class:`LargeFOV`.
+        decoder: a module (B, D, h, w) -> (B, C + 1, h', w') or a :class:`StageDecoder`, or a
+            function of the encoder and C + 1 that makes one; None builds :class:`LargeFOV`.
         early_norm: final norm on the early features too, see :class:`~wsss.nn.ViTEncoder`.
         neck: between the encoder's final features and the heads: a module (B, D, h, w) ->
             :class:`~wsss.nn.NeckOutput` or tensor, or a function of D that makes one; None: none.
@@ -128,7 +130,7 @@ class WSSSNetwork(nn.Module):
         early_block: int | None = None,
         pretrained: bool = False,
         weights: str | Path | None = None,
-        decoder: nn.Module | None = None,
+        decoder: nn.Module | Callable[[nn.Module, int], nn.Module] | None = None,
         early_norm: bool = False,
         neck: nn.Module | Callable[[int], nn.Module] | None = None,
         **backbone_kwargs: Any,
@@ -145,7 +147,9 @@ class WSSSNetwork(nn.Module):
         self._wished_blocks: tuple[int, ...] = ()
         self.classifier = Classifier(dim, num_classes)
         self.early_classifier = Classifier(self.encoder.early_dim, num_classes)
-        self.decoder = LargeFOV(dim, num_classes + 1) if decoder is None else decoder
+        if not isinstance(decoder, nn.Module):
+            decoder = (decoder or largefov)(self.encoder, num_classes + 1)
+        self.decoder = decoder
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -159,8 +163,14 @@ class WSSSNetwork(nn.Module):
             images: (B, 3, H, W) RGB in [0, 1]; normalised here with the backbone's own settings.
             decode: False leaves the decoder out (``seg_logits`` is None).
         """
+        stages: dict[int, Tensor] = {}
         with keep_attention(self.encoder, self.wanted_attention) as attention:
-            tokens, early = self.encoder(images)
+            if decode and isinstance(self.decoder, StageDecoder):
+                stages = self.encoder.chosen_stages(images, self.decoder.read)  # type: ignore[operator]
+                tokens = stages[max(stages)]
+                early = self.encoder.early_of(stages[self.encoder.early_index])  # type: ignore[operator]
+            else:
+                tokens, early = self.encoder(images)
         neck = self.apply_neck(tokens)
         class_logits, cam = self.classifier(neck.features)
         early_class_logits, early_cam = self.early_classifier(early)
@@ -169,7 +179,7 @@ class WSSSNetwork(nn.Module):
             early_class_logits,
             cam,
             early_cam,
-            self.decoder(neck.features) if decode else None,
+            self.decode(neck.features, stages) if decode else None,
             neck.features,
             tokens=tokens,
             neck=neck,
@@ -182,6 +192,18 @@ class WSSSNetwork(nn.Module):
             return NeckOutput(tokens)
         output = self.neck(tokens)
         return output if isinstance(output, NeckOutput) else NeckOutput(output)
+
+    def decode(self, features: Tensor, stages: Mapping[int, Tensor] | None = None) -> Tensor:
+        """Segmentation logits of the final features and, for a decoder that reads them, of stages.
+
+        Args:
+            features: (B, D, h, w), after the neck; they take the place of the last stage.
+            stages: by number, from :meth:`PyramidEncoder.chosen_stages`.
+        """
+        if not isinstance(self.decoder, StageDecoder):
+            return self.decoder(features)
+        assert stages, "a decoder of stages needs them"
+        return self.decoder({**stages, max(stages): features})
 
     def want_attention(self, blocks: Blocks | None = None) -> None:
         """Keep the attention of blocks in each pass in training mode.

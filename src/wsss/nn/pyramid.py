@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,15 +88,25 @@ class PyramidEncoder(nn.Module):
             stride), w = ceil(W / stride). An early stage of finer resolution is averaged down to
             the final grid, for CAMs of both are compared cell by cell.
         """
-        last = len(self.stage_dims) - 1
-        kept = (self.early_index, last)
-        # The other stages are not held on to: at stride 2 one is larger than all that follow.
-        stages = {i: stage for i, stage in enumerate(self._stages(images)) if i in kept}
-        early = stages[self.early_index]
+        stages = self.chosen_stages(images, ())
+        return stages[len(self.stage_dims) - 1], self.early_of(stages[self.early_index])
+
+    def chosen_stages(self, images: Tensor, wanted: Collection[int]) -> dict[int, Tensor]:
+        """Stages by number: those wanted, the early and the last one.
+
+        The others are not held on to: at stride 2 one is larger than all that follow.
+
+        Args:
+            images: (B, 3, H, W) RGB in [0, 1].
+            wanted: numbers from 0 on.
+        """
+        kept = {*wanted, self.early_index, len(self.stage_dims) - 1}
+        return {i: stage for i, stage in enumerate(self._stages(images)) if i in kept}
+
+    def early_of(self, stage: Tensor) -> Tensor:
+        """The early features of the early stage: (B, early_dim, h, w) on the final grid."""
         factor = self.stage_strides[-1] // self.stage_strides[self.early_index]
-        if factor > 1:
-            early = F.avg_pool2d(early, factor, ceil_mode=True)
-        return stages[last], early
+        return F.avg_pool2d(stage, factor, ceil_mode=True) if factor > 1 else stage
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """All stages in order, the final features last.

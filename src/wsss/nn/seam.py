@@ -109,7 +109,7 @@ class SEAMNetwork(WSSSNetwork):
         class_logits, cam = self.classifier(self.dropout(features))
         normalised = (images - self.encoder.mean) / self.encoder.std
         refined = self.correlation(suppressed(cam.detach()), stages[-3:-1], normalised)
-        seg_logits = self.decoder(features) if decode else None
+        seg_logits = self.decode(features, dict(enumerate(stages))) if decode else None
         output = NetworkOutput(
             class_logits,
             class_logits,

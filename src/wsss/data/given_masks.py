@@ -1,0 +1,162 @@
+"""Training masks from a folder in place of the data set's own: exported pseudo-labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+
+from wsss.data.images import (
+    VOID,
+    DatasetError,
+    count,
+    inspect_mask,
+    read_mask,
+    summary,
+)
+from wsss.data.layout import Split, in_threads
+
+#: written beside its folders by ``wsss pseudo_label``
+RECORD = "pseudo_labels.json"
+_COMPARED = 64
+
+
+class GivenMasks:
+    """A split whose masks are ``folder``/NAME.png; everything else is the split's own.
+
+    Masks that ``wsss pseudo_label`` wrote have their headers looked at, and up to 64 of them every
+    pixel; of others every pixel of every mask.
+
+    Args:
+        images: an open split; its own masks are only compared with.
+        folder: palette or grey PNGs of class numbers, each of its image's size; 255 is left out of
+            the loss.
+        on_error: ``skip`` leaves out images whose mask is missing or broken, counted and named in a
+            warning.
+        allow_truth: take masks that are the data set's own.
+
+    Attributes:
+        about: what they are and where they come from, in a sentence.
+
+    Raises:
+        DatasetError: no such folder, masks that are missing or broken, another class list, or masks
+            that equal the data set's own: what is trained on them is fully supervised.
+    """
+
+    def __init__(
+        self,
+        images: Split,
+        folder: Path,
+        on_error: Literal["raise", "skip"] = "raise",
+        allow_truth: bool = False,
+    ) -> None:
+        self._images = images
+        self.folder = folder
+        record = _read_record(folder, images.classes)
+        names = images.names
+        if not folder.is_dir():
+            raise DatasetError(f"data.masks='{folder}': no such folder")
+        compared = _evenly(len(names), _COMPARED)
+        looked_into = set(compared) if record else set(range(len(names)))
+
+        def look(index: int) -> str | None:
+            path = self._path(index)
+            if index not in looked_into:
+                return inspect_mask(path, images.sizes[index])
+            try:
+                read_mask(path, len(images.classes), images.sizes[index])
+            except DatasetError as error:
+                return str(error)
+            return None
+
+        found = list(in_threads(look, list(range(len(names))), "Checking masks"))
+        problems = [problem for problem in found if problem is not None]
+        if len(problems) == len(names) or (problems and on_error == "raise"):
+            below = [kind for kind in ("cpl", "spl") if (folder / kind).is_dir()]
+            hint = f" Did you mean data.masks={folder / below[0]} ?" if below else ""
+            raise DatasetError(
+                f"data.masks='{folder}': {len(problems)} of {count(len(names), 'image')} of split "
+                f"'{images.split}' have no mask that can be used:\n{summary(problems)}\n"
+                f"Make them with wsss pseudo_label, or leave these images out with "
+                f"data.on_error=skip.{hint}"
+            )
+        if problems:
+            rank_zero_warn(
+                f"data.masks='{folder}': left out {len(problems)} of {count(len(names), 'image')}:"
+                f"\n{summary(problems)}"
+            )
+        self._kept = [i for i, problem in enumerate(found) if problem is None]
+        self.about = f"{count(len(self._kept), 'pseudo-label')} of {folder}{_origin(record)}"
+        truth = [i for i in compared if found[i] is None and images.has_masks]
+        if truth and all(self._is_truth(i) for i in truth):
+            if not allow_truth:
+                raise DatasetError(
+                    f"data.masks='{folder}' are the data set's own masks (all {len(truth)} that "
+                    "were compared): a network trained on them is fully supervised. For that leave "
+                    "data.masks out; if it is what you want, set data.masks_may_be_truth=true."
+                )
+            self.about = f"ground truth, under the name of pseudo-labels, of {folder}"
+        self.split = images.split
+        self.classes = images.classes
+        self.names = [names[i] for i in self._kept]
+        self.groups = [images.groups[i] for i in self._kept]
+        self.labels = images.labels[self._kept]
+        self.has_masks = True
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def load_image(self, index: int) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB."""
+        return self._images.load_image(self._kept[index])
+
+    def load_mask(self, index: int) -> NDArray[np.uint8]:
+        """(H, W) uint8 with 0..C and 255. See :func:`read_mask` for what it raises."""
+        i = self._kept[index]
+        return read_mask(self._path(i), len(self.classes), self._images.sizes[i])
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{self._images.names[index]}.png"
+
+    def _is_truth(self, index: int) -> bool:
+        """Whether a mask equals the data set's own; where that is void, copies of it differ."""
+        truth = self._images.load_mask(index)
+        mask = read_mask(self._path(index), len(self._images.classes), self._images.sizes[index])
+        return bool((mask == truth)[truth != VOID].all())
+
+
+def _evenly(total: int, wanted: int) -> list[int]:
+    """At most so many indices, spread over all."""
+    if total <= wanted:
+        return list(range(total))
+    return [int(i) for i in np.linspace(0, total - 1, wanted).round()]
+
+
+def _read_record(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
+    """What ``wsss pseudo_label`` wrote of the masks; empty where there is nothing.
+
+    Raises:
+        DatasetError: it names other classes.
+    """
+    path = folder.parent / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        settings = record["settings"]
+        own, described = list(settings["all"]["classes"]), folder.name in settings
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # another program's masks, or a record that says nothing of this folder
+    if own != list(classes):
+        raise DatasetError(
+            f"data.masks='{folder}' were made for other classes ({len(own)}: {', '.join(own[:5])} "
+            f"...) than the data set's ({len(classes)}: {', '.join(classes[:5])} ...); see {path}. "
+            "Make them anew for this data set."
+        )
+    return record if described else {}
+
+
+def _origin(record: dict[str, Any]) -> str:
+    return f", made by {record['checkpoint']}" if record.get("checkpoint") else ""
