@@ -293,7 +293,7 @@ class TestDistribution:
     def test_defaults(self) -> None:
         addon = Distribution()
         assert (addon.weight, addon.threshold, addon.num_samples) == (0.1, 0.7, 50)
-        assert (addon.epsilon, addon.regulariser, addon.start_step) == (0.01, 1.0, 0)
+        assert (addon.epsilon, addon.regulariser, addon.start_step) == (0.01, 0.01, 0)
         assert addon.cams == ("cam",)
 
     @pytest.mark.parametrize(

@@ -398,7 +398,7 @@ def test_defaults_are_the_papers() -> None:
         "num_samples": 50,
         "generator": None,
         "epsilon": 0.01,
-        "regulariser": 1.0,
+        "regulariser": 0.01,
         "valid": None,
     }
     terms = inspect.signature(distribution_terms).parameters

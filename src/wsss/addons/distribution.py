@@ -37,7 +37,7 @@ class Distribution(AddOn):
         threshold: float = 0.7,
         num_samples: int = 50,
         epsilon: float = 0.01,
-        regulariser: float = 1.0,
+        regulariser: float = 0.01,
         start_step: int = 0,
         cams: Sequence[str] = ("cam",),
     ) -> None:

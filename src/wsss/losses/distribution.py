@@ -31,7 +31,7 @@ def distribution_loss(
     num_samples: int = 50,
     generator: torch.Generator | None = None,
     epsilon: float = 0.01,
-    regulariser: float = 1.0,
+    regulariser: float = 0.01,
     valid: Tensor | None = None,
 ) -> Tensor:
     """Hold samples of the features' Gaussians to the CAM's certain foreground (UniA, eq. 8, 9).
@@ -54,7 +54,9 @@ def distribution_loss(
     - The mean is called a logit, so the sigmoid comes after it.
     - With a mask of 0 and 1 eq. 9 is infinite. Clamping it also sets how hard the term pulls: at
       S_dis = 0.5 the gradient by the logit is ``log(1 / e - 1) / 4``, 1.1 for 0.01, 2.9 for 1e-5.
-    - Weight and normalisation of the regulariser: 1, and the mean.
+    - Weight and normalisation of the regulariser: 0.01, and the mean. mu begins as the features
+      themselves: at 1 the regulariser pulls on the encoder twice as hard as the classification
+      does, features shrink and become alike (docs/unia.md).
 
     Args:
         mu: (B, D, h, w) means. Computed in float32, float64 stays.
