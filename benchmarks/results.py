@@ -9,7 +9,8 @@ Rows are in ``benchmarks/results.yaml``. Each is one ``wsss train`` in a process
 folder and a log in ``--out``; rows of several tables with the same settings run once. A second call
 leaves out what is done and resumes what was cut off. All rows run with the first seed before any
 with the second, so that an early end leaves whole tables. Rows whose data is not given are left
-out, named.
+out, named. A second stage is trained on the pseudo-labels of another row's run of the same seed
+(``labels_of``), which are written first; it waits for that run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import fnmatch
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -45,22 +47,28 @@ COLUMNS = {
     "CPL F": "cpl/boundary_f_ms_flip",
     "CPL J&F": "cpl/jf_ms_flip",
 }
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: ``settings`` are those of ``wsss train``, without the seed."""
+    """One row of a table: ``settings`` are those of ``wsss train``, without the seed.
+
+    ``labels_of`` is the row of the first stage, of a second one.
+    """
 
     table: str
     name: str
     settings: tuple[str, ...]
+    labels_of: Row | None = None
 
     def folder(self, out: Path, seed: int) -> Path:
         """Of its run; rows with the same settings share it."""
         own = [s.split("=", 1) for s in self.settings if "{" not in s]
         short = [v for k, v in own if k in ("experiment", "method", "variant", "neck", "addon")]
         name = re.sub(r"[^\w.]+", "-", "_".join(short)).strip("-")
+        if self.labels_of is not None:
+            name += f"_on_{self.labels_of.folder(out, seed).name.rpartition('-seed')[0]}"
         return out / f"{name}-seed{seed}"
 
 
@@ -91,7 +99,7 @@ def main() -> None:
         parser.error(f"--only {arguments.only}: no such row; --list prints them")
     if arguments.list:
         for row in rows:
-            console.print(f"{row.table}/{row.name}: {' '.join(row.settings)}", soft_wrap=True)
+            console.print(f"{row.table}/{row.name}: {' '.join(row.settings)}")
     elif arguments.write:
         write_tables(arguments.write, read_rows(), arguments.out, arguments.seeds)
     else:
@@ -102,11 +110,16 @@ def main() -> None:
 def read_rows(path: Path = ROWS) -> list[Row]:
     """All rows in the order of their tables."""
     content: dict[str, Any] = yaml.safe_load(path.read_text())
-    return [
-        Row(table, name, (*own, *content["data"][about["data"]], *content["all"]))
-        for table, about in content["tables"].items()
-        for name, own in about["rows"].items()
-    ]
+    rows: dict[tuple[str, str], Row] = {}
+    for table, about in content["tables"].items():
+        for name, own in about["rows"].items():
+            first, own = (
+                (own["labels_of"], own["settings"]) if isinstance(own, dict) else (None, own)
+            )
+            settings = (*own, *content["data"][about["data"]], *content["all"])
+            labels_of = None if first is None else rows[table, first]
+            rows[table, name] = Row(table, name, settings, labels_of)
+    return list(rows.values())
 
 
 # --- runs ----------------------------------------------------------------------------------
@@ -120,7 +133,7 @@ def run_all(
     jobs: int,
 ) -> int:
     """Run what is not done, ``jobs`` at a time; the number of runs that failed."""
-    waiting: dict[Path, list[str]] = {}
+    waiting: dict[Path, tuple[list[str], Path | None]] = {}
     for seed in seeds:
         for row in rows:
             folder = row.folder(out, seed)
@@ -131,16 +144,22 @@ def run_all(
                 console.print(f"left out, give --{' --'.join(lacking)}: {row.table}/{row.name}")
             if not lacking and not (folder / "scores.json").is_file():
                 filled = [setting.format(**paths) for setting in row.settings]
-                waiting.setdefault(folder, [*filled, f"seed={seed}"])
+                first = row.labels_of.folder(out, seed) if row.labels_of else None
+                waiting.setdefault(folder, ([*filled, f"seed={seed}"], first))
     console.print(f"{len(waiting)} runs to do")
     out.mkdir(parents=True, exist_ok=True)
     todo, running, failed = list(waiting.items()), {}, 0
     try:
         while todo or running:
-            while todo and len(running) < jobs:
-                folder, settings = todo.pop(0)
-                running[folder] = start(folder, settings)
+            while len(running) < jobs and (ready := [x for x in todo if is_ready(x[1][1])]):
+                todo.remove(ready[0])
+                folder, (settings, first) = ready[0]
+                running[folder] = start(folder, settings, first)
                 console.print(f"{time.strftime('%H:%M')} started  {folder.name}")
+            if not running:  # what they wait for failed, or is no part of --only
+                for folder, (_, first) in todo:
+                    console.print(f"left out, {first} is not done: {folder.name}")
+                return failed + len(todo)
             time.sleep(1)
             for folder, process in list(running.items()):
                 if process.poll() is None:
@@ -161,9 +180,30 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def start(folder: Path, settings: Iterable[str]) -> subprocess.Popen[bytes]:
-    """One training in the background, resumed where an earlier one ended."""
+def is_ready(first: Path | None) -> bool:
+    """Whether a run can start: its first stage, if it has one, is done."""
+    return first is None or (first / "scores.json").is_file()
+
+
+def start(
+    folder: Path, settings: Iterable[str], first: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """One training in the background, resumed where an earlier one ended.
+
+    On the pseudo-labels of the run ``first``, if there is one, which are completed before.
+    """
     command = [sys.executable, "-m", "wsss.train", *settings, f"output_dir={folder}", "ckpt=last"]
+    if first is not None:
+        labels = first / "pseudo_labels" / "results"
+        command.append(f"data.masks={labels / 'cpl'}")
+        # The weights that the first stage's scores are of.
+        of = first / "checkpoints" / "last.ckpt"
+        label = [sys.executable, "-m", "wsss.pseudo_label", f"checkpoint={of}", "threads=1"]
+        command = [
+            "sh",
+            "-c",
+            f"{shlex.join([*label, f'output_dir={labels}'])} && {shlex.join(command)}",
+        ]
     with log_of(folder).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 

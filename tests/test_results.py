@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -69,7 +70,8 @@ def test_runs_what_is_not_done(
     class Ended:
         returncode = 0
 
-        def __init__(self, folder: Path, settings: list[str]) -> None:
+        def __init__(self, folder: Path, settings: list[str], first: Path | None) -> None:
+            assert first is None
             started.append(settings)
             self.returncode = int("seed=1" in settings and "experiment=two" in settings)
 
@@ -88,6 +90,66 @@ def test_runs_what_is_not_done(
     printed = capsys.readouterr().out
     assert "left out, give --acdc: t/three" in printed
     assert "FAILED" in printed
+
+
+def test_second_stage_waits_for_its_first(
+    results: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one = results.Row("t", "one", ("experiment=one",))
+    bad = results.Row("t", "bad", ("experiment=bad",))
+    rows = [
+        results.Row("t", "two", ("experiment=two",), one),
+        results.Row("t", "never", ("experiment=two",), bad),
+        one,
+        bad,
+    ]
+    order: list[str] = []
+
+    class Run:
+        """Ends at the third look; a run named bad fails."""
+
+        def __init__(self, folder: Path, settings: list[str], first: Path | None) -> None:
+            order.append(folder.name)
+            assert first is None or (first / "scores.json").is_file()
+            self.folder, self.looks, self.returncode = folder, 0, None
+
+        def poll(self) -> int | None:
+            self.looks += 1
+            if self.looks == 3 and "bad" in self.folder.name:
+                self.returncode = 1
+            elif self.looks == 3:
+                made(self.folder, self.folder, 0, 1.0)
+                self.returncode = 0
+            return self.returncode
+
+    monkeypatch.setattr(results, "start", Run)
+    monkeypatch.setattr(results.time, "sleep", lambda seconds: None)
+    assert results.run_all(rows, [0], {}, tmp_path, 2) == 2
+    assert order == ["one-seed0", "bad-seed0", "two_on_one-seed0"]
+    assert "is not done: two_on_bad-seed0" in capsys.readouterr().out
+
+
+def test_command_of_a_second_stage(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        results.subprocess, "Popen", lambda command, **kwargs: commands.append(command)
+    )
+    folder, first = tmp_path / "two", tmp_path / "first run"
+    results.start(folder, ["experiment=two"])
+    results.start(folder, ["experiment=two"], first)
+    assert commands[0][1:3] == ["-m", "wsss.train"]
+    assert commands[1][:2] == ["sh", "-c"]
+    label, train = (shlex.split(part) for part in commands[1][2].split(" && "))
+    labels = first / "pseudo_labels" / "results"
+    assert label[1:3] == ["-m", "wsss.pseudo_label"]
+    assert f"checkpoint={first / 'checkpoints' / 'last.ckpt'}" in label
+    assert f"output_dir={labels}" in label
+    assert train == [*commands[0], f"data.masks={labels / 'cpl'}"]
 
 
 def test_tables(results: ModuleType, tmp_path: Path) -> None:
