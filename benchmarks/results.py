@@ -47,6 +47,8 @@ COLUMNS = {
     "CPL F": "cpl/boundary_f_ms_flip",
     "CPL J&F": "cpl/jf_ms_flip",
 }
+#: the row that others' segmentations are set in relation to
+BOUND = "supervised"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -237,11 +239,16 @@ def table_text(rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
         for h, name in COLUMNS.items()
         if any(score(r, name) is not None for rs in found.values() for r in rs)
     ]
-    lines = [["", *headings, "seeds", "minutes", "commit"]]
-    lines.append(["---", *["---:"] * (len(headings) + 2), "---"])
+    bound = mean_score(found.get(BOUND, []), COLUMNS["seg"])
+    ratio = [] if bound is None else [f"of {BOUND}"]
+    lines = [["", *headings, *ratio, "seeds", "minutes", "commit"]]
+    lines.append(["---", *["---:"] * (len(headings) + len(ratio) + 2), "---"])
     for row in rows:
         runs = found[row.name]
         cells = [deviation([score(run, COLUMNS[h]) for run in runs]) for h in headings]
+        if bound is not None:
+            own = mean_score(runs, COLUMNS["seg"])
+            cells.append("-" if own is None else f"{100 * own / bound:.0f} %")
         minutes = deviation([run["environment"].get("seconds", 0) / 60 for run in runs], 0)
         commits = sorted({str(run["environment"].get("commit") or "-") for run in runs})
         count = ", ".join(str(run["seed"]) for run in runs) or "-"
@@ -265,6 +272,12 @@ def score(run: dict[str, Any], name: str) -> float | None:
         if value is not None:
             return float(value)
     return None
+
+
+def mean_score(runs: Sequence[dict[str, Any]], name: str) -> float | None:
+    """Mean over the runs that have the score."""
+    values = [value for run in runs if (value := score(run, name)) is not None]
+    return statistics.fmean(values) if values else None
 
 
 def deviation(values: Iterable[float | None], digits: int = 1) -> str:

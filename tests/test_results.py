@@ -169,3 +169,11 @@ def test_tables(results: ModuleType, tmp_path: Path) -> None:
     assert "| two | - | - | - | - | - |" in text
     results.write_tables(path, [row, empty], tmp_path, [0, 1, 2])
     assert path.read_text() == text
+    bound = results.Row("t", "supervised", ("experiment=bound",))
+    made(tmp_path, bound.folder(tmp_path, 1), 1, 60.0)
+    results.write_tables(path, [bound, row, empty], tmp_path, [0, 1, 2])
+    text = path.read_text()
+    assert "|  | seg | CPL | of supervised | seeds |" in text
+    assert "| one | 51.0 ± 1.4 | 30.0 ± 0.0 | 85 % | 0, 2 |" in text
+    assert "| supervised | 60.0 | 30.0 | 100 % | 1 |" in text
+    assert "| two | - | - | - | - | - | - |" in text

@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import AttentionRope
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer import Attention
 from torch import Tensor
 
+from tests.oracle.vit_attention import attention as attention_by_hand
 from wsss.errors import UserError
 from wsss.nn import WSSSNetwork
 from wsss.nn import attention as attention_module
 from wsss.nn import encoder as module
-from wsss.nn.attention import keep_attention
+from wsss.nn.attention import keep_attention, mean_attention, observe_attention
 from wsss.nn.mctformer import MCTformerNetwork
 
 TINY: dict[str, Any] = {"embed_dim": 24, "num_heads": 2}
@@ -30,17 +34,28 @@ def make(name: str = "vit_tiny_patch16_224", depth: int = 3) -> WSSSNetwork:
     return network
 
 
-def test_attention_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_small_patch16_dinov3", {**TINY, "init_values": 0.5}),
+        ("eva02_base_patch14_224", TINY),
+        ("vit_small_patch16_rope_224", {**TINY, "init_values": 0.5}),
+    ],
+)
+def test_attention_kernels_agree(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a CPU in bf16 plain products stand in for the fused kernel, on small grids alone."""
     torch.manual_seed(0)
-    encoder = module.ViTEncoder("vit_tiny_patch16_224", depth=3, img_size=64).eval()
+    encoder = module.ViTEncoder(name, depth=3, img_size=64, **options).eval()
     images = torch.rand(2, 3, 64, 96)
     results = {}
     for limit in (0, 1024):
         monkeypatch.setattr(module, "_UNFUSED_TOKENS", limit)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             results[limit] = encoder(images)[0].float()
-        assert encoder.vit.blocks[0].attn.fused_attn is (limit == 0)
+        assert all(block.attn.fused_attn is (limit == 0) for block in encoder.vit.blocks)
     torch.testing.assert_close(results[0], results[1024], rtol=3e-2, atol=3e-2)
     encoder(images)
     assert encoder.vit.blocks[0].attn.fused_attn is True  # fp32 keeps the fused kernel
@@ -108,7 +123,7 @@ class TestKeptAttention:
             keep_attention(encoder, (0, 1)),
         ):
             raise RuntimeError("stop")
-        assert not any(block.attn.qkv._forward_hooks for block in encoder.vit.blocks)
+        assert not any(module._forward_hooks for module in encoder.modules())
 
     def test_no_blocks_need_no_vit(self) -> None:
         with keep_attention(torch.nn.Identity(), ()) as kept:
@@ -149,7 +164,7 @@ class TestKeptAttention:
         def refuse(*arguments: Any) -> Tensor:
             raise AssertionError("computed")
 
-        monkeypatch.setattr(attention_module, "attention_of_qkv", refuse)
+        monkeypatch.setattr(attention_module, "mean_attention", refuse)
         assert network.eval()(torch.rand(1, 3, 16, 32)).attention is None
         assert network.wanted_attention == ()
         with pytest.raises(AssertionError, match="computed"):
@@ -185,12 +200,59 @@ class TestKeptAttention:
         assert network.eval()(images).attention is None
 
 
+class TestLayers:
+    """Queries and keys of single layers of each kind, by loops."""
+
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            (Attention, {"qkv_bias": True, "qk_norm": True}),
+            (EvaAttention, {}),
+            (EvaAttention, {"qkv_bias": False, "rotate_half": True}),
+            (EvaAttention, {"qkv_bias_separate": True}),
+            (EvaAttention, {"qkv_fused": False, "qk_norm": True}),
+            (EvaAttention, {"attn_head_dim": 4, "num_prefix_tokens": 2}),
+            (AttentionRope, {"qk_norm": True, "num_prefix_tokens": 0}),
+            (AttentionRope, {"qkv_fused": False, "rotate_half": True}),
+            (AttentionRope, {"qkv_fused": False, "num_kv_heads": 2}),
+        ],
+    )
+    @pytest.mark.parametrize("turned", ["not", "alike", "by head"])
+    def test_are_the_layers_own(self, kind: Any, options: dict[str, Any], turned: str) -> None:
+        if turned != "not" and kind is Attention:
+            pytest.skip("has no rotary embedding")
+        if turned == "by head" and "num_kv_heads" in options:
+            pytest.skip("keys that heads share cannot be turned by head")
+        torch.manual_seed(0)
+        options = {"norm_layer": torch.nn.LayerNorm, "scale_norm": False, **options}
+        try:
+            layer = kind(16, num_heads=4, **options)
+        except (TypeError, AttributeError):
+            pytest.skip("an older timm without this option")
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.6)
+        x, prefix = torch.randn(2, 6, 16), getattr(layer, "num_prefix_tokens", 0)
+        angles = torch.rand(*((4,) if turned == "by head" else ()), 6 - prefix, 4)
+        rope = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        given = {} if turned == "not" else {"rope": rope}
+        seen: list[Tensor] = []
+        handles = observe_attention(layer, lambda *args: seen.append(mean_attention(*args)))
+        before = layer(x, **given)
+        expected = attention_by_hand(layer, x, given.get("rope"), prefix)
+        torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+        (seen[0].square().sum() + before.square().sum()).backward()
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(layer(x, **given), before)
+        assert len(seen) == 1
+
+
 class TestWishes:
     @pytest.mark.parametrize(
         ("name", "options"),
         [
             ("resnet10t", {"channels": [8, 8, 16, 16], "early_block": -2}),
-            ("eva02_tiny_patch14_224", {**TINY, "depth": 2, "early_block": -1, "img_size": 28}),
+            ("vit_small_patch16_18x2_224", {**TINY, "depth": 2, "early_block": -1}),
         ],
     )
     def test_no_plain_vit(self, name: str, options: dict[str, Any]) -> None:

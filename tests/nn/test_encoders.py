@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from wsss.errors import UserError
 from wsss.nn.cnn import CNNEncoder
 from wsss.nn.encoder import ViTEncoder
-from wsss.nn.encoders import make_encoder
+from wsss.nn.encoders import _is_vit, make_encoder
 from wsss.nn.resnet38 import ResNet38Encoder
 
 VIT: dict[str, Any] = {"depth": 4, "embed_dim": 24, "num_heads": 2}
@@ -48,6 +48,49 @@ def test_one_interface(name: str, options: dict[str, Any], kind: type) -> None:
     )
     assert encoder.mean.shape == encoder.std.shape == (1, 3, 1, 1)
     encoder.freeze_position()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vit_base_patch14_reg4_dinov2.lvd142m", True),
+        ("vit_small_patch16_dinov3.lvd1689m", True),
+        ("vit_base_patch16_clip_224.openai", True),
+        ("eva02_base_patch14_224.mim_in22k", True),
+        ("eva_giant_patch14_224.clip_ft_in1k", True),
+        ("vit_base_patch16_siglip_224.webli", True),
+        ("vit_base_patch16_rope_mixed_224.naver_in1k", True),
+        ("beit_base_patch16_224", False),  # its position embedding has one grid
+        ("swin_tiny_patch4_window7_224", False),
+        ("resnet50", False),
+    ],
+)
+def test_is_vit(name: str, expected: bool) -> None:
+    assert _is_vit(name) == expected
+
+
+def test_is_vit_makes_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block on the meta device; all of them only where a ViT takes no other number."""
+    import timm
+
+    asked: list[int | None] = []
+    create = timm.create_model
+    refuse = False
+
+    def record(name: str, **kwargs: Any) -> Any:
+        asked.append(kwargs.get("depth"))
+        assert not (refuse and "depth" in kwargs)
+        model = create(name, **kwargs)
+        assert next(model.parameters()).is_meta
+        return model
+
+    monkeypatch.setattr(timm, "create_model", record)
+    assert _is_vit("vit_tiny_patch16_224")
+    assert not _is_vit("resnet10t")
+    assert asked == [1, 1]
+    refuse = True
+    assert _is_vit("vit_tiny_patch16_224")
+    assert asked[2:] == [1, None]
 
 
 def test_options_arrive(tmp_path: Path) -> None:

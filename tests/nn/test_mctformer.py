@@ -287,7 +287,7 @@ class TestBackbones:
 
     @pytest.mark.parametrize(
         "name",
-        ["eva02_tiny_patch14_224", "vit_base_patch16_siglip_224", "resnet18"],
+        ["vit_small_patch16_18x2_224", "vit_base_patch16_siglip_224", "resnet18"],
         ids=["other attention", "no class token", "no ViT"],
     )
     def test_unfit(self, name: str) -> None:

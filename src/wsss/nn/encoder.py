@@ -1,23 +1,35 @@
-"""Encoders: any patch-based Vision Transformer of timm, on token grids of any shape."""
+"""Encoders: any patch-based Vision Transformer of timm, on token grids of any shape.
+
+Among them are DeiT, DINOv2, DINOv3, CLIP, SigLIP and EVA. The patches' tokens are read; class and
+register tokens take part in the blocks and are then left out.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
+from timm.models import eva
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from wsss.errors import UserError
 
 _UNFUSED_TOKENS = 1024
+_HEAD = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 
 
 class ViTEncoder(nn.Module):
     """A timm ViT that returns its final and an early feature map.
+
+    What would pool the tokens is left out, with one exception: where the only norm after the last
+    block comes after the pooling (``fc_norm``, as in EVA), it is the final norm of the tokens.
 
     Args:
         name: timm model name, e.g. ``vit_base_patch16_224``.
@@ -28,7 +40,7 @@ class ViTEncoder(nn.Module):
             alone takes out, and which otherwise fills the early CAM of the classes it favours.
         pretrained: load timm's own weights from the hub.
         weights: a local ``.safetensors`` or ``.pth`` file of the same timm model; tensors only,
-            strict but for the unused classifier head.
+            strict but for the unused head (classifier, norm and attention of the pooling).
         **kwargs: for ``timm.create_model`` (``depth``, ``patch_size``, ``drop_path_rate`` ...).
 
     Raises:
@@ -72,9 +84,11 @@ class ViTEncoder(nn.Module):
             load_backbone_weights(self.vit, name, Path(weights))
 
     def freeze_position(self) -> None:
-        """Leave the position embedding as it is; a ViT without an absolute one has none."""
+        """Leave the position embedding as it is, absolute or rotary; most rotary ones are fixed."""
         if getattr(self.vit, "pos_embed", None) is not None:
             self.vit.pos_embed.requires_grad_(False)
+        if getattr(self.vit, "rope", None) is not None:
+            self.vit.rope.requires_grad_(False)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the token grid of an image of that size."""
@@ -150,7 +164,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
     except TypeError as error:
         raise UserError(
             f"backbone.name='{name}' does not take {sorted(options)} ({error}): "
-            "choose a plain ViT (vit_*, deit_*, eva02_*) and options that it has."
+            "choose a plain ViT (vit_*, deit_*, eva_*, eva02_*) and options that it has."
         ) from error
     missing = _missing_parts(vit)
     if missing:
@@ -158,7 +172,20 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
             f"backbone.name='{name}' has no {', '.join(missing)}: CoSA needs a patch-based Vision "
             "Transformer such as vit_base_patch16_224."
         )
+    _remove_head(vit)
     return vit
+
+
+def _remove_head(vit: Any) -> None:
+    """Leave out what pools the tokens: no loss would train it, which DDP takes for a mistake.
+
+    EVA's and other average-pooled ViTs have no norm but the one of the pooled tokens. It is then
+    the tokens' own: in EVA's pretraining it was, and what the last block leaves has no fixed scale.
+    """
+    if isinstance(getattr(vit, "norm", None), nn.Identity):
+        vit.norm = getattr(vit, "fc_norm", vit.norm)
+    vit.fc_norm = nn.Identity()
+    vit.attn_pool = None
 
 
 def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
@@ -219,21 +246,29 @@ def _state_dicts(content: Any) -> dict[str, dict[str, Tensor]]:
 def load_backbone_weights(vit: nn.Module, name: str, path: Path) -> None:
     """Load a local weights file into a timm ViT, strictly.
 
-    The file's classifier head is dropped; position embeddings of another grid and patch
-    embeddings of another patch size are resampled by timm's own filter.
+    The file's head is dropped: the classifier, and the norm and attention of its pooling, but for
+    a norm that is the only one after the last block (see :class:`ViTEncoder`). Position embeddings
+    of another grid and patch embeddings of another patch size are resampled by timm's own filter,
+    which also knows the names that the makers of DINOv2, DINOv3 and EVA give their tensors.
 
     Raises:
         UserError: the file's tensors are not those of model ``name``.
     """
-    state = read_tensors(path)
-    own = vit.state_dict()
-    state = {
-        k: v for k, v in state.items() if not k.startswith(("head.", "fc_norm.", "head_dist."))
-    }
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
-    if "pos_embed" in state and "pos_embed" in own:
-        state = dict(checkpoint_filter_fn(state, cast(Any, vit), interpolation="bicubic"))
+    read = read_tensors(path)
+    convert = eva.checkpoint_filter_fn if isinstance(vit, eva.Eva) else checkpoint_filter_fn
+    try:
+        with redirect_stdout(StringIO()):  # timm prints of each bias of DINOv3 that is not needed
+            state = dict(convert(read, cast(Any, vit), interpolation="bicubic"))
+    except Exception as error:  # a file of another model fails in many ways: reshape, key, index
+        raise UserError(
+            f"backbone.weights='{path}' is not a '{name}' ({type(error).__name__}: {error}). "
+            "Choose the backbone that the file was made for, or another file."
+        ) from error
+    if "norm.weight" not in state:
+        state = {
+            k.removeprefix("fc_") if k.startswith("fc_norm.") else k: v for k, v in state.items()
+        }
+    state = {k: v for k, v in state.items() if not k.startswith(_HEAD)}
     load_strictly(vit, state, name, path)
 
 

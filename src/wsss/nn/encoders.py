@@ -64,11 +64,17 @@ def make_encoder(
 
 def _is_vit(name: str) -> bool:
     """Whether a timm model is a ViT on token grids of any shape; on the meta device, so at once."""
-    try:
-        with torch.device("meta"):
-            return is_plain_vit(timm.create_model(name, num_classes=0, dynamic_img_size=True))
-    except Exception:  # most models do not know the option, and say so in their own ways
-        return False
+    one_block: dict[str, Any] = {"depth": 1}
+    for options in (one_block, {}):
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
+        except TypeError:  # a model that does not know these options, as most
+            return False
+        except Exception:  # a few ViTs take no other depth than their own
+            continue
+        return is_plain_vit(model)
+    return False
 
 
 def _refuse_early_norm(name: str, early_norm: bool) -> None:

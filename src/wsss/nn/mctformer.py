@@ -11,12 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from wsss.errors import UserError
-from wsss.nn.attention import attention_of_qkv, keep_attention
-from wsss.nn.encoder import ViTEncoder
+from wsss.nn.attention import attention_layers, keep_attention, mean_attention, observe_attention
 from wsss.nn.network import NetworkOutput, WSSSNetwork, between_patches
 
 
@@ -178,8 +176,8 @@ class MCTformerNetwork(WSSSNetwork):
         for i, block in enumerate([] if self.training else blocks):
             last = i >= len(blocks) - self.attention_blocks
             if last or self.refine:
-                hook = partial(seen.add_attention, block.attn, last, self.refine)
-                handles.append(block.attn.qkv.register_forward_hook(hook))
+                receive = partial(seen.add_attention, last, self.refine)
+                handles.extend(observe_attention(block.attn, receive))
         try:
             yield seen
         finally:
@@ -213,15 +211,9 @@ class _Seen:
 
     @torch.no_grad()
     def add_attention(
-        self,
-        attn: Any,
-        to_classes: bool,
-        to_patches: bool,
-        qkv: nn.Module,
-        inputs: Any,
-        out: Tensor,
+        self, to_classes: bool, to_patches: bool, query: Tensor, key: Tensor, scale: float
     ) -> None:
-        attention = attention_of_qkv(attn, out)
+        attention = mean_attention(query, key, scale)
         if to_classes:
             self.class_attention += class_to_patch_attention(
                 attention, self.num_classes, self.num_patches
@@ -232,14 +224,14 @@ class _Seen:
 
 def _widen_class_token(encoder: nn.Module, num_classes: int) -> None:
     """Give a ViT that many class tokens, copies of its own with their position embeddings."""
+    layers = attention_layers(encoder)
     vit: Any = getattr(encoder, "vit", None)
-    plain = isinstance(encoder, ViTEncoder) and all(
-        isinstance(getattr(block, "attn", None), Attention) for block in vit.blocks
-    )
-    if not plain or vit.cls_token is None:
+    if not layers or vit.cls_token is None:
+        why = "has no class token" if layers else "is no plain ViT"
         raise UserError(
-            f"backbone.name='{getattr(encoder, 'name', '')}': method=mctformer needs a plain ViT "
-            "with a class token, such as deit_small_patch16_224 or vit_base_patch16_224."
+            f"backbone.name='{getattr(encoder, 'name', '')}' {why}: method=mctformer needs a plain "
+            "ViT with a class token, such as deit_small_patch16_224, vit_base_patch16_224 or "
+            "vit_base_patch14_dinov2."
         )
     vit.cls_token = nn.Parameter(vit.cls_token.detach().repeat(1, num_classes, 1))
     if vit.pos_embed is not None and not vit.no_embed_class:
@@ -247,3 +239,6 @@ def _widen_class_token(encoder: nn.Module, num_classes: int) -> None:
         vit.pos_embed = nn.Parameter(torch.cat([own.repeat(1, num_classes, 1), others], dim=1))
     vit.num_prefix_tokens += num_classes - 1
     encoder.num_prefix_tokens = vit.num_prefix_tokens
+    for layer in layers:
+        if hasattr(layer, "num_prefix_tokens"):  # tokens that a rotary embedding leaves alone
+            layer.num_prefix_tokens = vit.num_prefix_tokens
