@@ -145,6 +145,9 @@ def test_cosa_is_compared_with_its_bounds() -> None:
     assert "(mean of 2)" in ratio
     assert "53.50 is +23.25 points from cam" in gain
     assert comparisons([run("cam"), run("supervised")]) == []
+    second = run("supervised", data={"seed": 0, "root": "there", "masks": "/labels/cpl"})
+    assert comparisons([run("cosa"), second]) == []
+    assert len(comparisons([run("cosa"), run("supervised", data={"root": "there"})])) == 1
 
 
 def test_comparisons_name_the_settings() -> None:

@@ -153,6 +153,7 @@ def comparisons(runs: Sequence[Run]) -> list[str]:
             (cosa, other)
             for cosa, other in itertools.product(groups, groups)
             if (cosa[0].method, other[0].method) == ("cosa", bound)
+            and not other[0].config.get("data", {}).get("masks")  # a second stage is no bound
             and all(setting(cosa[0], key) == setting(other[0], key) for key in SCORED_ON)
         ]
 
