@@ -3,6 +3,7 @@
     python benchmarks/results.py --list
     python benchmarks/results.py --voc VOC2012 --weights vit_tiny.safetensors --jobs 2
     python benchmarks/results.py --only 'unia_shapes/*' --seeds 0 1 2
+    python benchmarks/results.py --seeds 0 1 2 3 4 --set trainer.max_steps=15000   # with a GPU
     python benchmarks/results.py --write RESULTS.md       # no runs: tables of those that are done
 
 Rows are in ``benchmarks/results.yaml``. Each is one ``wsss train`` in a process of its own, with a
@@ -63,11 +64,14 @@ class Row:
     name: str
     settings: tuple[str, ...]
     labels_of: Row | None = None
+    #: settings given with --set, which come after all others
+    more: tuple[str, ...] = ()
 
     def folder(self, out: Path, seed: int) -> Path:
         """Of its run; rows with the same settings share it."""
         own = [s.split("=", 1) for s in self.settings if "{" not in s]
         short = [v for k, v in own if k in ("experiment", "method", "variant", "neck", "addon")]
+        short += self.more
         name = re.sub(r"[^\w.]+", "-", "_".join(short)).strip("-")
         if self.labels_of is not None:
             name += f"_on_{self.labels_of.folder(out, seed).name.rpartition('-seed')[0]}"
@@ -86,16 +90,16 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at the same time, one thread each"
     )
+    parser.add_argument("--set", nargs="+", default=[], help="settings of all runs, key=value")
     parser.add_argument("--out", type=Path, default=Path("outputs/results"))
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     parser.add_argument(
         "--write", type=Path, help="this file's tables, from what is done, and stop"
     )
     arguments = parser.parse_args()
+    every = read_rows(more=arguments.set)
     rows = [
-        r
-        for r in read_rows()
-        if any(fnmatch.fnmatch(f"{r.table}/{r.name}", p) for p in arguments.only)
+        r for r in every if any(fnmatch.fnmatch(f"{r.table}/{r.name}", p) for p in arguments.only)
     ]
     if not rows:
         parser.error(f"--only {arguments.only}: no such row; --list prints them")
@@ -103,13 +107,13 @@ def main() -> None:
         for row in rows:
             console.print(f"{row.table}/{row.name}: {' '.join(row.settings)}")
     elif arguments.write:
-        write_tables(arguments.write, read_rows(), arguments.out, arguments.seeds)
+        write_tables(arguments.write, every, arguments.out, arguments.seeds)
     else:
         paths = {name: getattr(arguments, name) for name in ("voc", "acdc", "coco", "weights")}
         sys.exit(run_all(rows, arguments.seeds, paths, arguments.out, arguments.jobs))
 
 
-def read_rows(path: Path = ROWS) -> list[Row]:
+def read_rows(path: Path = ROWS, more: Sequence[str] = ()) -> list[Row]:
     """All rows in the order of their tables."""
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     rows: dict[tuple[str, str], Row] = {}
@@ -118,9 +122,9 @@ def read_rows(path: Path = ROWS) -> list[Row]:
             first, own = (
                 (own["labels_of"], own["settings"]) if isinstance(own, dict) else (None, own)
             )
-            settings = (*own, *content["data"][about["data"]], *content["all"])
+            settings = (*own, *content["data"][about["data"]], *content["all"], *more)
             labels_of = None if first is None else rows[table, first]
-            rows[table, name] = Row(table, name, settings, labels_of)
+            rows[table, name] = Row(table, name, settings, labels_of, tuple(more))
     return list(rows.values())
 
 
@@ -241,8 +245,9 @@ def table_text(rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
     ]
     bound = mean_score(found.get(BOUND, []), COLUMNS["seg"])
     ratio = [] if bound is None else [f"of {BOUND}"]
-    lines = [["", *headings, *ratio, "seeds", "minutes", "commit"]]
-    lines.append(["---", *["---:"] * (len(headings) + len(ratio) + 2), "---"])
+    lines = [["", *headings, *ratio, "seeds", "on", "minutes", "commit"]]
+    numbers = len(headings) + len(ratio) + 1
+    lines.append(["---", *["---:"] * numbers, "---", "---:", "---"])
     for row in rows:
         runs = found[row.name]
         cells = [deviation([score(run, COLUMNS[h]) for run in runs]) for h in headings]
@@ -252,7 +257,10 @@ def table_text(rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
         minutes = deviation([run["environment"].get("seconds", 0) / 60 for run in runs], 0)
         commits = sorted({str(run["environment"].get("commit") or "-") for run in runs})
         count = ", ".join(str(run["seed"]) for run in runs) or "-"
-        lines.append([row.name, *cells, count, minutes, " ".join(commits) or "-"])
+        devices = sorted({device(run["environment"]) for run in runs})
+        lines.append(
+            [row.name, *cells, count, ", ".join(devices) or "-", minutes, " ".join(commits) or "-"]
+        )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -272,6 +280,12 @@ def score(run: dict[str, Any], name: str) -> float | None:
         if value is not None:
             return float(value)
     return None
+
+
+def device(environment: dict[str, Any]) -> str:
+    """What a run was trained on: the GPU's name, else CPU."""
+    found = environment.get("devices") or ["CPU"]
+    return str(found[0]["name"] if isinstance(found[0], dict) else found[0])
 
 
 def mean_score(runs: Sequence[dict[str, Any]], name: str) -> float | None:

@@ -44,6 +44,13 @@ def test_every_row_composes(results: ModuleType) -> None:
         assert cfg.trainer.threads == 1
 
 
+def test_settings_for_all_runs(results: ModuleType, tmp_path: Path) -> None:
+    plain, longer = results.read_rows(), results.read_rows(more=["trainer.max_steps=9"])
+    for a, b in zip(plain, longer, strict=True):
+        assert b.settings == (*a.settings, "trainer.max_steps=9")
+        assert b.folder(tmp_path, 0) != a.folder(tmp_path, 0)
+
+
 def test_different_settings_have_different_folders(results: ModuleType, tmp_path: Path) -> None:
     settings: dict[Path, tuple[str, ...]] = {}
     for row in results.read_rows():
@@ -164,9 +171,9 @@ def test_tables(results: ModuleType, tmp_path: Path) -> None:
     assert text.startswith("before\n<!-- table t -->\n")
     assert text.endswith("<!-- end -->\nafter\n<!-- end -->\n")
     assert "old" not in text
-    assert "|  | seg | CPL | seeds | minutes | commit |" in text
-    assert "| one | 51.0 ± 1.4 | 30.0 ± 0.0 | 0, 2 | 10 ± 0 | abc |" in text
-    assert "| two | - | - | - | - | - |" in text
+    assert "|  | seg | CPL | seeds | on | minutes | commit |" in text
+    assert "| one | 51.0 ± 1.4 | 30.0 ± 0.0 | 0, 2 | CPU | 10 ± 0 | abc |" in text
+    assert "| two | - | - | - | - | - | - |" in text
     results.write_tables(path, [row, empty], tmp_path, [0, 1, 2])
     assert path.read_text() == text
     bound = results.Row("t", "supervised", ("experiment=bound",))
@@ -176,4 +183,4 @@ def test_tables(results: ModuleType, tmp_path: Path) -> None:
     assert "|  | seg | CPL | of supervised | seeds |" in text
     assert "| one | 51.0 ± 1.4 | 30.0 ± 0.0 | 85 % | 0, 2 |" in text
     assert "| supervised | 60.0 | 30.0 | 100 % | 1 |" in text
-    assert "| two | - | - | - | - | - | - |" in text
+    assert "| two | - | - | - | - | - | - | - |" in text
