@@ -302,7 +302,7 @@ def submit(
     if len(as_names(cfg.networks)) > 1:
         raise UserError("networks: the zip holds the masks of one network, for example [an].")
     device = "cpu" if cfg.accelerator == "cpu" else "auto"
-    inference = Inference(method, next(iter(method.scores)), device, precision)
+    inference = Inference(method, next(iter(method.scores), None), device, precision)
     # The split may be the path of a list.
     target = output_dir / f"voc2012_{Path(data.val_split).stem}.zip"
     write_submission(inference, data, target, cfg.crf)

@@ -7,7 +7,6 @@ classes, both at the image's own size.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import time
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from wsss.data.layout import Split
 from wsss.errors import UserError
 from wsss.files import check_writable, write_atomically
 from wsss.inference import Inference
+from wsss.labelling.affinity import AffinityRun, sha256_of
 from wsss.labelling.folder import COMMON, LabelFolder
 from wsss.labelling.images import OpenedSplit, load, open_split, refuse_own_folders
 from wsss.labelling.recipe import SOURCES, Recipe
@@ -98,7 +98,16 @@ def pseudo_label(cfg: DictConfig) -> Labelled:
         method, cfg.network, cfg.device, run.trainer.precision, cfg.eval_scales, cfg.cam_scales
     )
     kinds = choose_kinds(cfg, inference)
-    recipe = choose_recipe(cfg, method)
+    affinity = None
+    if cfg.refine == "affinity":
+        affinity = AffinityRun(
+            str(cfg.affinity),
+            layout.classes,
+            inference.device,
+            float(cfg.affinity_beta),
+            cfg.affinity_logt,
+        )
+    recipe = choose_recipe(cfg, method, affinity)
     split = str(cfg.split or run.data.train_split)
     opened = open_split(layout, split, run.data.on_error, run.data.min_side)
     images = opened.images
@@ -113,7 +122,7 @@ def pseudo_label(cfg: DictConfig) -> Labelled:
     }
     settings = {
         COMMON: {
-            "checkpoint_sha256": _sha256(path),
+            "checkpoint_sha256": sha256_of(path),
             "network": inference.network_name,
             "split": split,
             "classes": images.classes,
@@ -127,18 +136,20 @@ def pseudo_label(cfg: DictConfig) -> Labelled:
         "checkpoint": str(path.resolve()),
         "step": checkpoint.get("global_step"),
         "data": str(layout.root.resolve()),
+        **({} if affinity is None else {"affinity": str(affinity.path.resolve())}),
     }
     mine = images.names[part_of(cfg.shard)]
     todo = folder.claim(settings, labels, about, mine, cfg.overwrite)
     done = Labelled(folder, kept=len(mine) - len(todo), problems=[*opened.problems])
 
     console = Console(soft_wrap=True)
-    at = f"{recipe.low:.4g}" + (f" and {recipe.high:.4g}" if recipe.high != recipe.low else "")
+    cut = recipe.alpha or dict.fromkeys((recipe.low, recipe.high))
+    at = ("alpha " if recipe.alpha else "threshold ") + " and ".join(f"{x:.4g}" for x in cut)
     console.print(
         f"{count(len(mine), 'image')} of split '{escape(split)}'"
         + (f" (shard {cfg.shard} of {len(images)})" if cfg.shard else "")
         + f", network '{inference.network_name}' of {escape(str(path))} on {inference.device}"
-        + (f", threshold {at}" if "cpl" in kinds else ""),
+        + (f", {at}" if "cpl" in kinds else ""),
         highlight=False,
     )
     try:
@@ -170,11 +181,6 @@ def default_folder(checkpoint: Path, split: str) -> Path:
     run = checkpoint.parent
     run = run.parent if run.name == "checkpoints" else run
     return run / "pseudo_labels" / (Path(split).stem if "/" in split else split)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(

@@ -101,9 +101,12 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
         else:
             name = f"{method.network_names[0]}/cls/map"
             value = f"{100 * found[name]:.2f} %" if name in found else "-"
+            scored = f"only the image labels were scored ({name} {value})"
+            if not method.evaluates_cam:
+                scored = "nothing was scored"
             print(
-                f"Split '{data.val_split}' has no masks, so only the image labels were scored "
-                f"({name} {value}) and best.ckpt is last.ckpt; look at the pictures."
+                f"Split '{data.val_split}' has no masks, so {scored} and best.ckpt is last.ckpt; "
+                "look at the pictures."
             )
         print(f"Run folder: {output_dir}")
     return {k: v for k, v in found.items() if k.split("/")[0] in method.network_names}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.oracle import pixel_affinity
 from tests.oracle import pseudo_labels as oracle
 from tests.oracle.refine import pixel_adaptive_refinement
 from tests.oracle.resize import bilinear
@@ -160,6 +161,110 @@ def test_refined_spl(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Recipe(refine="crf").spl(logits, CLASSES, SIZE, _image()).tolist()
     assert found == oracle.spl(logits, [1, 3], SIZE, _blur) != plain
     assert calls == ["cosa"]
+
+
+# --- the background as a power -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [(4.0,), (1.0,), (1.0, 6.0), (4.0, 24.0)], ids=str)
+@pytest.mark.parametrize("grid", [(4, 6), SIZE], ids=str)
+def test_power_of_the_cpl(grid: tuple[int, int], alpha: tuple[float, ...]) -> None:
+    cam = _random(2, *grid) ** 3
+    found = Recipe(alpha=alpha).cpl(cam, CLASSES, SIZE)
+    assert found.dtype == np.uint8
+    assert found.tolist() == pixel_affinity.power_label(cam, [1, 3], alpha, SIZE)
+    assert set(np.unique(found)) == {0, 2, 4} | ({255} if len(alpha) > 1 else set())
+
+
+def test_the_low_power_is_of_confident_classes() -> None:
+    """With 1 a class needs half, with 24 a tenth."""
+    cam = torch.tensor([0.05, 0.3, 0.49, 0.51]).view(1, 1, 4)
+    found = Recipe(alpha=(1.0, 24.0)).cpl(cam, torch.tensor([2]), (1, 4))
+    assert found.tolist() == [[0, 255, 255, 3]]
+    assert Recipe(alpha=(1.0,)).cpl(cam, torch.tensor([2]), (1, 4)).tolist() == [[0, 0, 0, 3]]
+    assert Recipe(alpha=(24.0,)).cpl(cam, torch.tensor([2]), (1, 4)).tolist() == [[0, 3, 3, 3]]
+
+
+@pytest.mark.parametrize("alpha", [(2.0,), (1.0, 6.0)], ids=str)
+def test_par_with_a_power(alpha: tuple[float, ...]) -> None:
+    cam = _random(2, 4, 6)
+    found = Recipe(alpha=alpha, refine="par").cpl(cam, CLASSES, SIZE, _image())
+    assert found.tolist() == pixel_affinity.power_label(cam, [1, 3], alpha, SIZE, _par)
+    assert found.tolist() != Recipe(alpha=alpha).cpl(cam, CLASSES, SIZE).tolist()
+
+
+@pytest.mark.parametrize("alpha", [(2.0,), (1.0, 6.0)], ids=str)
+def test_crf_with_a_power(monkeypatch: pytest.MonkeyPatch, alpha: tuple[float, ...]) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(module, "dense_crf", _fake_crf(calls))
+    cam = _random(2, 4, 6)
+    found = Recipe(alpha=alpha, refine="crf").cpl(cam, CLASSES, SIZE, _image())
+    assert found.tolist() == pixel_affinity.power_label(cam, [1, 3], alpha, SIZE, _divided)
+    assert calls == ["toco_cam"] * len(alpha)
+
+
+def test_where_both_powers_contradict_each_other_it_is_background(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CRF may do so; of AffinityNet's code the second pass has the last word."""
+    answers = iter(
+        [torch.tensor([[[0.2, 0.2]], [[0.8, 0.8]]]), torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]])]
+    )
+    monkeypatch.setattr(module, "dense_crf", lambda image, scores, preset: next(answers))
+    cam, image = torch.full((1, 1, 2), 0.5), torch.zeros(1, 2, 3, dtype=torch.uint8)
+    found = Recipe(alpha=(4.0, 24.0), refine="crf").cpl(cam, torch.tensor([0]), (1, 2), image)
+    assert found.tolist() == [[0, 1]]
+
+
+# --- AffinityNet ---------------------------------------------------------------------------
+
+GRID = (3, 4)
+FEATURES = _random(5, *GRID, seed=9) + 5 * torch.arange(4)  # columns keep to themselves
+
+
+class _Walk:
+    """What an affinity run does, in loops."""
+
+    @staticmethod
+    def spread(scores: Tensor, image: Tensor) -> Tensor:
+        assert torch.equal(image, _image())
+        averaged = pixel_affinity.block_mean(scores, GRID)
+        return pixel_affinity.walk(averaged, FEATURES.double(), 3, 2, 2)
+
+
+def _walk(scores: Tensor) -> Tensor:
+    return _Walk.spread(scores, _image())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.45, 0.55)])
+def test_affinity_of_the_cpl(low: float, high: float) -> None:
+    """Averaged to the grid from the inference size; the threshold stays what it is."""
+    cam = _random(2, 6, 8)
+    recipe = Recipe(low=low, high=high, refine="affinity", affinity=_Walk())  # type: ignore[arg-type]
+    found = recipe.cpl(cam, CLASSES, SIZE, _image())
+    assert found.tolist() == oracle.cpl(_walk(cam), [1, 3], low, high, SIZE)
+    assert found.tolist() != Recipe(low=low, high=high).cpl(cam, CLASSES, SIZE).tolist()
+    assert (255 in found) == (low < high)
+
+
+@pytest.mark.parametrize("alpha", [(1.5,), (1.5, 6.0)], ids=str)
+def test_affinity_with_a_power(alpha: tuple[float, ...]) -> None:
+    cam = _random(2, 6, 8) * 0.1
+    # From the left: a class, background, neither, the other class.
+    for channel, column, value in ((0, 0, 0.7), (1, 4, 0.3), (1, 6, 0.7)):
+        cam[channel, :, column : column + 2] += value
+    recipe = Recipe(alpha=alpha, refine="affinity", affinity=_Walk())  # type: ignore[arg-type]
+    found = recipe.cpl(cam, CLASSES, SIZE, _image())
+    expected = pixel_affinity.power_label(cam, [1, 3], alpha, SIZE, _walk, resize_first=False)
+    assert found.tolist() == expected
+    assert set(np.unique(found)) == {0, 2, 4} | ({255} if len(alpha) > 1 else set())
+
+
+def test_the_power_is_taken_before_the_average() -> None:
+    """Of every other pixel 0.9 the mean is 0.45: more than 0.55^4, less than the mean of powers."""
+    cam = torch.tensor([0.9, 0.0]).repeat(4).expand(1, 6, 8)
+    recipe = Recipe(alpha=(4.0,), refine="affinity", affinity=_Walk())  # type: ignore[arg-type]
+    assert not recipe.cpl(cam, CLASSES[:1], SIZE, _image()).any()
 
 
 def test_presets(monkeypatch: pytest.MonkeyPatch) -> None:

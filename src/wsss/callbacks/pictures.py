@@ -47,6 +47,9 @@ class PictureLogger(L.Callback):
             return
         if trainer.global_step == self._drawn_step:
             return
+        method = cast(Method, pl_module)
+        if not (method.evaluates_segmentation or method.evaluates_cam):
+            return  # AffinityNet labels nothing
         loader: Any = trainer.val_dataloaders
         total = min(len(loader.sampler), int(trainer.num_val_batches[0]) * loader.batch_size)
         first = batch_idx * loader.batch_size
@@ -61,7 +64,7 @@ class PictureLogger(L.Callback):
         )
         # Lightning switches mixed precision on in *_step alone.
         with trainer.precision_plugin.forward_context():
-            self._rows += draw_panels(cast(Method, pl_module), chosen)
+            self._rows += draw_panels(method, chosen)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._rows:

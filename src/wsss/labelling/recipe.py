@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wsss.data.views import resize_image
+from wsss.labelling.affinity import AffinityRun
 from wsss.pseudo import (
     IGNORE_INDEX,
     MultiScaleOutput,
@@ -22,7 +23,7 @@ from wsss.pseudo import (
 
 #: what the CPL is cut from, and the name of its score
 SOURCES = {"cam": "cpl", "early_cam": "cpl_early", "ensemble": "cpl_ensemble"}
-REFINEMENTS = ("none", "par", "crf")
+REFINEMENTS = ("none", "par", "crf", "affinity")
 #: PAR looks up to 24 pixels far. As published it works on half of a 448 crop; here on the image
 #: reduced to as many pixels as a square of this side has. Larger, it reaches less far.
 PAR_SIDE = 224
@@ -38,9 +39,14 @@ class Recipe:
         low: activations below it are background.
         high: activations of at least this are the class; in between the label is 255. Equal to
             ``low``: nothing is left undecided.
-        refine: ``none``, ``par`` or ``crf``.
+        alpha: in place of thresholds: the activation of the background is ``(1 - max)^alpha``, the
+            maximum over the image's classes. Of two, the smaller first, one makes a background
+            that only confident classes exceed, the other one that classes easily exceed; what
+            neither the first says is a class nor the second is background is 255.
+        refine: ``none``, ``par``, ``crf`` or ``affinity`` (the CPL alone).
         cpl_crf: preset of :func:`~wsss.pseudo.dense_crf` for the CPL.
         spl_crf: the same for the SPL.
+        affinity: what ``refine=affinity`` spreads scores along.
     """
 
     source: str = "cam"
@@ -49,6 +55,8 @@ class Recipe:
     refine: str = "none"
     cpl_crf: str = "toco_cam"
     spl_crf: str = "cosa"
+    alpha: tuple[float, ...] = ()
+    affinity: AffinityRun | None = None
 
     def cam(self, output: MultiScaleOutput, i: int, classes: Tensor) -> Tensor:
         """Normalised CAMs of one image's classes.
@@ -70,15 +78,20 @@ class Recipe:
     ) -> NDArray[np.uint8]:
         """CAM pseudo-label (CoSA, eq. 3) of one image.
 
-        The CAMs are resized (bilinear) to the image, as evaluation does, and cut. Both refinements
-        see the threshold as the activation of the background:
+        The CAMs are resized (bilinear) to the image, as evaluation does, and cut. Refinements see
+        the threshold as the activation of the background, which is constant; with :attr:`alpha` it
+        follows the CAMs at the size that is refined, and ties go to the background:
 
         - ``par``, on the reduced image (:data:`PAR_SIDE`): refined CAMs over a refined channel of
           ones. That is what the threshold becomes next to them, whatever its value, so one pass
           serves both thresholds. The published code refines the softmax over threshold and CAMs.
-        - ``crf``, on the image: threshold and CAMs, divided by their sum, are its probabilities;
-          zero iterations would give the label without refinement. With two thresholds it runs
-          once for each: the class is what the pass with ``high`` says, background what both say.
+        - ``affinity``, on the grid of AffinityNet, in the same way; background and CAMs are
+          averaged to it from the inference size.
+        - ``crf``, on the image: background and CAMs, divided by their sum, are its probabilities;
+          zero iterations would give the label without refinement. With two thresholds or powers it
+          runs once for each. Of thresholds the class is what the pass with ``high`` says,
+          background what both say. Of powers, as AffinityNet's code has it, background is what the
+          second says, whatever the first does.
 
         Args:
             cam: (K, h, w) from :meth:`cam`.
@@ -91,20 +104,46 @@ class Recipe:
         """
         if not len(classes):
             return np.zeros(size, np.uint8)
-        if self.refine == "par":
-            cam = _resize(cam, _par_size(size))
-            refined = _par(image, torch.cat([torch.ones_like(cam[:1]), cam]))
-            cam = refined[1:] / refined[:1]
-        cam = _resize(cam, size)
         if self.refine == "crf":
-            label = _crf_label(cam, self.high, image, self.cpl_crf)
-            if self.low != self.high:
-                background = _crf_label(cam, self.low, image, self.cpl_crf) == 0
-                undecided = torch.where(background, 0, IGNORE_INDEX)
-                label = torch.where(label > 0, label, undecided)
-        else:
-            label = two_threshold_label(cam[None], self.low, self.high)[0]
+            cam = _resize(cam, size)
+            labels = [_crf_label(cam, b, image, self.cpl_crf) for b in self._backgrounds(cam)]
+            return _as_values(self._joined(labels[0], labels[-1]), classes)
+        if self.refine != "affinity":
+            cam = _resize(cam, size if self.refine == "none" else _par_size(size))
+        if self.alpha:
+            backgrounds = self._backgrounds(cam)
+            scores = _resize(self._refined(torch.cat([*backgrounds, cam]), image), size)
+            count = len(backgrounds)
+            labels = [torch.cat([b[None], scores[count:]]).argmax(0) for b in scores[:count]]
+            return _as_values(self._joined(labels[0], labels[-1]), classes)
+        if self.refine != "none":
+            refined = self._refined(torch.cat([torch.ones_like(cam[:1]), cam]), image)
+            cam = refined[1:] / refined[:1]
+        label = two_threshold_label(_resize(cam, size)[None], self.low, self.high)[0]
         return _as_values(label, classes)
+
+    def _backgrounds(self, cam: Tensor) -> list[Tensor]:
+        """Activations (1, h, w) of the background: of confident classes, then of background."""
+        if self.alpha:
+            rest = (1 - cam.amax(0, keepdim=True)).clamp(min=0)
+            return [rest**alpha for alpha in self.alpha]
+        return [torch.full_like(cam[:1], value) for value in dict.fromkeys((self.high, self.low))]
+
+    def _refined(self, scores: Tensor, image: Tensor | None) -> Tensor:
+        """Scores after the refinements that take each channel by itself."""
+        if self.refine == "par":
+            return _par(image, scores)
+        if self.refine == "affinity":
+            assert self.affinity is not None
+            assert image is not None
+            return self.affinity.spread(scores, image)
+        return scores
+
+    def _joined(self, sure: Tensor, maybe: Tensor) -> Tensor:
+        """Classes of one label, background of the other, 255 where there is neither."""
+        if self.alpha:
+            return torch.where(maybe == 0, 0, torch.where(sure > 0, sure, IGNORE_INDEX))
+        return torch.where(sure > 0, sure, torch.where(maybe == 0, 0, IGNORE_INDEX))
 
     def spl(
         self, logits: Tensor, classes: Tensor, size: tuple[int, int], image: Tensor | None = None
@@ -133,6 +172,8 @@ class Recipe:
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    if x.shape[-2:] == size:
+        return x.float()
     return F.interpolate(x[None].float(), size=size, mode="bilinear", align_corners=False)[0]
 
 
@@ -149,10 +190,10 @@ def _par(image: Tensor | None, scores: Tensor) -> Tensor:
     return _PAR(colours.permute(2, 0, 1)[None].to(scores), scores[None])[0]
 
 
-def _crf_label(cam: Tensor, threshold: float, image: Tensor | None, preset: str) -> Tensor:
+def _crf_label(cam: Tensor, background: Tensor, image: Tensor | None, preset: str) -> Tensor:
     """(H, W) int64: 0 background, k the k-th CAM."""
     assert image is not None
-    scores = torch.cat([torch.full_like(cam[:1], threshold), cam])
+    scores = torch.cat([background, cam])
     return dense_crf(image, scores / scores.sum(0), preset).argmax(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from wsss.cli import nearest
 from wsss.errors import UserError
 from wsss.inference import Inference
+from wsss.labelling.affinity import AffinityRun
 from wsss.labelling.folder import Settings
 from wsss.labelling.recipe import REFINEMENTS, SOURCES, Recipe
 from wsss.methods.base import Method
 from wsss.pseudo import CRF_PRESETS, dense_crf
 
+#: of affinity_logt: a million steps leave nothing but means
+MAX_LOGT = 20
 KINDS = {"cpl": ("cpl",), "spl": ("spl",), "both": ("cpl", "spl")}
 
 
@@ -43,12 +47,18 @@ def check_choices(cfg: DictConfig) -> None:
         raise UserError(f"crf={cfg.crf}: no such preset. {nearest(str(cfg.crf), CRF_PRESETS)}")
     if cfg.refine == "crf":  # is the extra installed?
         dense_crf(np.zeros((1, 1, 3), np.uint8), np.ones((1, 1, 1), np.float32))
+    _check_affinity(cfg)
     band = cfg.low is not None or cfg.high is not None
     if band and (cfg.low is None or cfg.high is None or cfg.threshold is not None):
         raise UserError(
             f"low={cfg.low}, high={cfg.high}, threshold={cfg.threshold}: give both low and high, "
             "or threshold alone."
         )
+    if cfg.alpha is not None and (band or cfg.threshold is not None):
+        raise UserError(
+            f"alpha={cfg.alpha} takes the place of thresholds: leave out low, high and threshold."
+        )
+    alphas(cfg.alpha)
     for key in ("low", "high", "threshold"):
         value = cfg[key]
         if value is None or (key == "threshold" and value == "dynamic"):
@@ -59,6 +69,53 @@ def check_choices(cfg: DictConfig) -> None:
     if band and cfg.low > cfg.high:
         raise UserError(f"low={cfg.low} is above high={cfg.high}: exchange them.")
     part_of(cfg.shard)
+
+
+def _check_affinity(cfg: DictConfig) -> None:
+    """Refuse settings of ``refine=affinity`` that make no sense.
+
+    Raises:
+        UserError: names the key.
+    """
+    if (cfg.refine == "affinity") != (cfg.affinity is not None):
+        raise UserError(
+            f"refine={cfg.refine}, affinity={cfg.affinity}: give both refine=affinity and "
+            "affinity=..., the run of method=affinity_net to refine with, or neither."
+        )
+    if cfg.refine == "affinity" and cfg.labels != "cpl":
+        raise UserError(
+            f"labels={cfg.labels}: refine=affinity is of the CPL alone; use labels=cpl."
+        )
+    if not _is_number(cfg.affinity_beta) or not cfg.affinity_beta > 0:
+        raise UserError(f"affinity_beta={cfg.affinity_beta}: give a positive number.")
+    logt = cfg.affinity_logt
+    if isinstance(logt, bool) or not isinstance(logt, int) or not 0 <= logt <= MAX_LOGT:
+        raise UserError(
+            f"affinity_logt={logt}: give a whole number from 0 to {MAX_LOGT}, the logarithm to "
+            "base 2 of the number of steps."
+        )
+
+
+def alphas(value: Any) -> tuple[float, ...]:
+    """The powers of ``alpha``: none, one, or two with the smaller first.
+
+    Raises:
+        UserError: others.
+    """
+    if value is None:
+        return ()
+    powers = list(value) if OmegaConf.is_list(value) or isinstance(value, list) else [value]
+    fine = all(_is_number(power) and 0 < power < math.inf for power in powers)
+    if not fine or len(powers) not in (1, 2) or sorted(set(powers)) != powers:
+        raise UserError(
+            f"alpha={value}: give one positive number, or two with the smaller first, for example "
+            "[4,24]."
+        )
+    return tuple(float(power) for power in powers)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def part_of(shard: str | None) -> slice:
@@ -82,6 +139,12 @@ def choose_kinds(cfg: DictConfig, inference: Inference) -> list[str]:
         UserError: the method does not train what they are made of.
     """
     name = inference.method.short_name()
+    if not inference.has_cam and not inference.has_segmentation:
+        raise UserError(
+            f"checkpoint={cfg.checkpoint}: its method, {name}, trains neither CAMs nor a "
+            "segmentation. A run of affinity_net refines the CAMs of another one: checkpoint=RUN "
+            "refine=affinity affinity=AFFINITY_RUN."
+        )
     kinds = [*KINDS[cfg.labels], *(["cam"] if cfg.cam else [])]
     if not inference.has_cam and kinds != ["spl"]:
         raise UserError(
@@ -101,8 +164,13 @@ def choose_kinds(cfg: DictConfig, inference: Inference) -> list[str]:
     return kinds
 
 
-def choose_recipe(cfg: DictConfig, method: Method) -> Recipe:
+def choose_recipe(cfg: DictConfig, method: Method, affinity: AffinityRun | None = None) -> Recipe:
     """How the labels are made, thresholds as numbers.
+
+    Args:
+        cfg: ``conf/pseudo_label.yaml`` composed.
+        method: whose CAMs are cut.
+        affinity: of ``refine=affinity``.
 
     Raises:
         UserError: ``threshold=dynamic``, and the method learned none.
@@ -113,7 +181,15 @@ def choose_recipe(cfg: DictConfig, method: Method) -> Recipe:
     elif low is None:
         low = high = cfg.threshold or method.run_config["method"]["cpl_threshold"]
     presets = {"cpl_crf": cfg.crf, "spl_crf": cfg.crf} if cfg.crf else {}
-    return Recipe(cfg.source, float(low), float(high), cfg.refine, **presets)
+    return Recipe(
+        cfg.source,
+        float(low),
+        float(high),
+        cfg.refine,
+        alpha=alphas(cfg.alpha),
+        affinity=affinity,
+        **presets,
+    )
 
 
 def learned_thresholds(method: Method, source: str) -> tuple[float, float]:
@@ -150,11 +226,10 @@ def describe(inference: Inference, recipe: Recipe, kinds: Sequence[str]) -> Sett
     cam = {"source": recipe.source, "cam_scales": inference.cam_scales}
     refine = {"refine": recipe.refine}
     crf = recipe.refine == "crf"
+    cut = {"alpha": recipe.alpha} if recipe.alpha else {"low": recipe.low, "high": recipe.high}
+    spread = {} if recipe.affinity is None else recipe.affinity.settings()
     settings: dict[str, dict[str, Any]] = {
-        "cpl": cam
-        | {"low": recipe.low, "high": recipe.high}
-        | refine
-        | ({"crf": recipe.cpl_crf} if crf else {}),
+        "cpl": cam | cut | refine | spread | ({"crf": recipe.cpl_crf} if crf else {}),
         "spl": {"eval_scales": inference.scales}
         | refine
         | ({"crf": recipe.spl_crf} if crf else {}),

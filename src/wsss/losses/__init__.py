@@ -8,6 +8,7 @@ from wsss.losses.dense_energy import dense_energy_loss
 from wsss.losses.distribution import distribution_loss
 from wsss.losses.feature_similarity import feature_similarity_loss
 from wsss.losses.importance_sampling import importance_sampling_loss
+from wsss.losses.pixel_affinity import pixel_affinity_loss
 from wsss.losses.seg2cam import seg2cam_loss
 from wsss.losses.token_contrast import token_contrast_loss
 
@@ -20,6 +21,7 @@ __all__ = [
     "distribution_loss",
     "feature_similarity_loss",
     "importance_sampling_loss",
+    "pixel_affinity_loss",
     "seg2cam_loss",
     "token_contrast_loss",
 ]

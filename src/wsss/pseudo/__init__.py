@@ -12,6 +12,7 @@ from wsss.pseudo.labels import (
 from wsss.pseudo.multi_scale import MultiScaleOutput, multi_scale, normalise_cam
 from wsss.pseudo.mutual import MutualLabels, MutualRefinement
 from wsss.pseudo.perplexity import perplexity, reliability_weight
+from wsss.pseudo.pixel_affinity import affinity_walk
 from wsss.pseudo.refine import PixelAdaptiveRefinement
 from wsss.pseudo.threshold import (
     DynamicThreshold,
@@ -34,6 +35,7 @@ __all__ = [
     "MutualLabels",
     "MutualRefinement",
     "PixelAdaptiveRefinement",
+    "affinity_walk",
     "cam_pseudo_label",
     "dense_crf",
     "gmm_threshold",

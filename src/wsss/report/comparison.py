@@ -30,6 +30,7 @@ MAIN_SCORES = (
     "cpl/miou_ms_flip",
     "cpl/boundary_f_ms_flip",  # this and J&F where they were taken
     "cpl/jf_ms_flip",
+    "affinity/balanced_accuracy",  # AffinityNet has no other
 )
 #: settings that say which images were scored
 SCORED_ON = ("data.root", "data.val_split", "data.max_val_images")

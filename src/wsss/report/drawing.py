@@ -165,7 +165,8 @@ def draw_image(method: Method, data: WSSSDataModule, index: int, size: int) -> P
     batch = eval_batch(data, index, size, method.device)
     height, width = batch.masks[0].shape
     # At the threshold of the scores, so that table and picture speak of the same labels.
-    return Picture(draw_panels(method, batch, scored_threshold(method))[0], (height, width))
+    threshold = scored_threshold(method) if method.evaluates_cam else None
+    return Picture(draw_panels(method, batch, threshold)[0], (height, width))
 
 
 def _open_once(

@@ -127,27 +127,11 @@ def draw_panels(method: Method, batch: EvalBatch, threshold: float | None = None
         batch: images as the data module hands them over, float or uint8.
         threshold: of the CPL; None takes the one that the method is at.
     """
-    network_name = next(iter(method.scores))
-    network, scores = method.networks()[network_name], method.scores[network_name]
     images = to_unit_range(batch.images)
-    out = multi_scale(
-        network,
-        images,
-        cast(Sequence[float], scores.scales),
-        cam_scales=cast(Sequence[float], scores.cam_scales),
-        decode=method.evaluates_segmentation,
-    )
-    cam = out.cam * batch.labels[:, :, None, None]
-    maps, labels = extra_maps(method, network, images, cam, batch.labels)
-    if method.evaluates_cam:
-        labels["CPL"] = cam_pseudo_label(
-            cam, current_threshold(method) if threshold is None else threshold
-        )
-    if out.seg_logits is not None:
-        if method.evaluates_cam:
-            labels["SPL"] = segmentation_pseudo_label(out.seg_logits, batch.labels).argmax(1)
-        labels["prediction"] = out.seg_logits.argmax(1)
-
+    maps: dict[str, Tensor] = {}
+    labels: dict[str, Tensor] = {}
+    if method.evaluates_segmentation or method.evaluates_cam:
+        maps, labels = _infer(method, images, batch.labels, threshold)
     num_classes = len(method.classes) + 1
     size = (images.shape[-2], images.shape[-1])
     result = []
@@ -155,14 +139,40 @@ def draw_panels(method: Method, batch: EvalBatch, threshold: float | None = None
         image = (images[i] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         truth = F.interpolate(batch.masks[i][None, None].float(), size=size, mode="nearest")[0, 0]
         panels = {"image": image, "truth": overlay(image, truth.long(), num_classes)}
-        if method.evaluates_cam:
-            panels["CAM"] = heatmap(cam[i].amax(0), image)
         panels |= {key: heatmap(one[i], image) for key, one in maps.items()}
         panels |= {key: overlay(image, label[i], num_classes) for key, label in labels.items()}
         present = batch.labels[i].bool().tolist()
         classes = tuple(c for c, here in zip(method.classes, present, strict=True) if here)
         result.append(PanelSet(name, classes, panels))
     return result
+
+
+def _infer(
+    method: Method, images: Tensor, present: Tensor, threshold: float | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Maps (B, H, W) in [0, 1] and label maps (B, H, W) by title."""
+    network_name = next(iter(method.scores))
+    network, scores = method.networks()[network_name], method.scores[network_name]
+    out = multi_scale(
+        network,
+        images,
+        cast(Sequence[float], scores.scales),
+        cam_scales=cast(Sequence[float], scores.cam_scales),
+        decode=method.evaluates_segmentation,
+    )
+    cam = out.cam * present[:, :, None, None]
+    maps, labels = extra_maps(method, network, images, cam, present)
+    if method.evaluates_cam:
+        labels["CPL"] = cam_pseudo_label(
+            cam, current_threshold(method) if threshold is None else threshold
+        )
+    if out.seg_logits is not None:
+        if method.evaluates_cam:
+            labels["SPL"] = segmentation_pseudo_label(out.seg_logits, present).argmax(1)
+        labels["prediction"] = out.seg_logits.argmax(1)
+    if method.evaluates_cam:
+        maps = {"CAM": cam.amax(1)} | maps
+    return maps, labels
 
 
 def current_threshold(method: Method) -> float | Tensor:
