@@ -61,7 +61,7 @@ def restored_addons(folder: Path) -> set[str]:
 def test_every_method_is_here() -> None:
     files = {p.stem for p in (config_dir() / "method").glob("*.yaml")}
     chosen = {o.split("=")[1] for options in METHODS.values() for o in options[:1]}
-    # Neither full supervision nor AffinityNet classifies; the release recipe is CoSA with other values.
+    # Full supervision and AffinityNet classify nothing; the release recipe is CoSA, set otherwise.
     assert files - {"base", "supervised", "affinity_net", "cosa_release"} == chosen
 
 
