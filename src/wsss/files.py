@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from pathlib import Path
@@ -36,3 +37,9 @@ def check_writable(folder: Path) -> None:
             f"output_dir='{folder}' cannot be written ({error.strerror}). Choose another folder "
             "with output_dir=..."
         ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

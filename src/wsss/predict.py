@@ -8,7 +8,6 @@ image a palette mask, an overlay and a JSON file.
 from __future__ import annotations
 
 import errno
-import hashlib
 import re
 import sys
 import warnings
@@ -32,7 +31,7 @@ from wsss.checkpoints import find_checkpoint
 from wsss.cli import hydra_command, nearest, quiet_libraries
 from wsss.data.images import DatasetError, count, summary
 from wsss.errors import UserError
-from wsss.files import check_writable
+from wsss.files import check_writable, sha256_of
 from wsss.inference import Inference
 from wsss.prediction.inputs import Photo, Reader, describe_others, find_images, own_pixel_limit
 from wsss.prediction.outputs import Job, absolute, kept_classes, name_jobs, write_results
@@ -108,7 +107,7 @@ def predict(cfg: DictConfig) -> Predictions:
     )
     check_writable(output_dir)
     settings = {
-        "checkpoint_sha256": _sha256(checkpoint),
+        "checkpoint_sha256": sha256_of(checkpoint),
         "network": inference.network_name,
         "precision": inference.precision,
         "scales": list(inference.scales),
@@ -359,11 +358,6 @@ def _tell(console: Console, done: Predictions, passed_over: tuple[Path, ...]) ->
 def _plain(text: str) -> str:
     """Text that can be printed: file names may hold bytes that are no characters."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_text(argument: str) -> str:

@@ -35,9 +35,9 @@ from wsss.cli import hydra_command, quiet_libraries
 from wsss.data.images import DatasetError, count, encode_mask, summary
 from wsss.data.layout import Split
 from wsss.errors import UserError
-from wsss.files import check_writable, write_atomically
+from wsss.files import check_writable, sha256_of, write_atomically
 from wsss.inference import Inference
-from wsss.labelling.affinity import AffinityRun, sha256_of
+from wsss.labelling.affinity import AffinityRun
 from wsss.labelling.folder import COMMON, LabelFolder
 from wsss.labelling.images import OpenedSplit, load, open_split, refuse_own_folders
 from wsss.labelling.recipe import SOURCES, Recipe

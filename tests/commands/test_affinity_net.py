@@ -15,6 +15,7 @@ from tests.commands.conftest import TINY, Run, compose
 from wsss.build import build_method, build_network
 from wsss.errors import UserError
 from wsss.evaluate import evaluate
+from wsss.files import sha256_of
 from wsss.labelling import affinity as module
 from wsss.pseudo_label import Labelled, pseudo_label
 from wsss.report.__main__ import report
@@ -167,7 +168,7 @@ def test_refined(cam_run: Path, affinity_run: Path, confident: Path, tmp_path: P
     assert differ(none) < 0.2
     record = _record(tmp_path / "much")
     path = module.find_checkpoint(affinity_run)
-    assert record["affinity_sha256"] == module.sha256_of(path)
+    assert record["affinity_sha256"] == sha256_of(path)
     assert (record["refine"], record["affinity_beta"], record["affinity_logt"]) == (
         "affinity",
         2,

@@ -23,7 +23,7 @@ from wsss.data.batch import Batch, EvalBatch, to_unit_range
 from wsss.data.given_masks import GivenMasks
 from wsss.data.images import VOID
 from wsss.data.layout import Purpose, Split
-from wsss.data.order import MicroBatchSampler, image_index, sample_rng
+from wsss.data.order import MicroBatchSampler, evenly, image_index, sample_rng
 from wsss.data.views import TwoViews, ViewPair, resize_image
 from wsss.environment import processors
 from wsss.errors import UserError
@@ -320,9 +320,7 @@ class WSSSDataModule(lightning.LightningDataModule):
         self.setup("validate")
         assert self.val_images is not None
         total = len(self.val_images)
-        if self.max_val_images is None or self.max_val_images >= total:
-            return list(range(total))
-        return [int(i) for i in np.linspace(0, total - 1, self.max_val_images).round()]
+        return evenly(total, total if self.max_val_images is None else self.max_val_images)
 
     def train_dataloader(self) -> DataLoader[_TrainSample]:
         """Loader of this rank's part of every step from the trainer's current step to the last."""

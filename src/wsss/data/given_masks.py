@@ -19,6 +19,7 @@ from wsss.data.images import (
     summary,
 )
 from wsss.data.layout import Split, in_threads
+from wsss.data.order import evenly
 
 #: written beside its folders by ``wsss pseudo_label``
 RECORD = "pseudo_labels.json"
@@ -60,7 +61,7 @@ class GivenMasks:
         names = images.names
         if not folder.is_dir():
             raise DatasetError(f"data.masks='{folder}': no such folder")
-        compared = _evenly(len(names), _COMPARED)
+        compared = evenly(len(names), _COMPARED)
         looked_into = set(compared) if record else set(range(len(names)))
 
         def look(index: int) -> str | None:
@@ -127,13 +128,6 @@ class GivenMasks:
         truth = self._images.load_mask(index)
         mask = read_mask(self._path(index), len(self._images.classes), self._images.sizes[index])
         return bool((mask == truth)[truth != VOID].all())
-
-
-def _evenly(total: int, wanted: int) -> list[int]:
-    """At most so many indices, spread over all."""
-    if total <= wanted:
-        return list(range(total))
-    return [int(i) for i in np.linspace(0, total - 1, wanted).round()]
 
 
 def _read_record(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -123,3 +123,10 @@ class MicroBatchSampler:
                     + self.rank * self.micro_batch
                 )
                 yield list(range(first, first + self.micro_batch))
+
+
+def evenly(total: int, wanted: int) -> list[int]:
+    """At most ``wanted`` of ``total`` indices, spread over all, first and last among them."""
+    if total <= wanted:
+        return list(range(total))
+    return [int(i) for i in np.linspace(0, total - 1, wanted).round()]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +13,7 @@ from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, s
 from wsss.data.batch import to_unit_range
 from wsss.data.views import resize_image
 from wsss.errors import UserError
+from wsss.files import sha256_of
 from wsss.methods import AffinityNet
 from wsss.methods.base import check_classes
 from wsss.nn.affinity_net import AffinityNetwork
@@ -92,9 +91,3 @@ class AffinityRun:
         grid = (features.shape[-2], features.shape[-1])
         averaged = F.adaptive_avg_pool2d(scores[None].float(), grid)
         return affinity_walk(averaged, features, self.radius, self.beta, self.logt)[0]
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -61,13 +61,12 @@ class AffinityNet(Method):
         return True
 
     def setup(self, stage: str) -> None:
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and getattr(data, "masks", None) is None:
-            raise UserError(
-                "data.masks is not set: method=affinity_net is trained on confident pseudo-labels. "
-                "Give a folder of them, such as `wsss pseudo_label checkpoint=... alpha=[4,24] "
-                "refine=crf` writes (data.masks=outputs/.../pseudo_labels/train_aug/cpl)."
-            )
+        self.require_given_masks(
+            stage,
+            "method=affinity_net is trained on confident pseudo-labels",
+            "`wsss pseudo_label checkpoint=... alpha=[4,24] refine=crf` writes "
+            "(data.masks=outputs/.../pseudo_labels/train_aug/cpl)",
+        )
 
     def step(self, batch: Batch) -> Step:
         if batch.mask is None:

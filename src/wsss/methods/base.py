@@ -150,6 +150,21 @@ class Method(L.LightningModule):
         """
         return False
 
+    def require_given_masks(self, stage: str, why: str, how: str) -> None:
+        """For ``setup``: refuse to train without ``data.masks``.
+
+        Args:
+            stage: that of ``setup``; only ``fit`` needs them.
+            why: what they are needed for.
+            how: the command that makes them, and what else could be done.
+
+        Raises:
+            UserError: they are not set.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and getattr(data, "masks", None) is None:
+            raise UserError(f"data.masks is not set: {why}. Give a folder of them, such as {how}.")
+
     def step(self, batch: Batch) -> Step:
         """Named loss terms of one micro-batch, before weighting, and what add-ons may act on."""
         raise NotImplementedError

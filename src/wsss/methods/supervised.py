@@ -38,13 +38,13 @@ class Supervised(Method):
         return True
 
     def setup(self, stage: str) -> None:
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and self.pseudo_labels and getattr(data, "masks", None) is None:
-            raise UserError(
-                "data.masks is not set: a second stage is trained on pseudo-labels. Give a folder "
-                "of them, such as `wsss pseudo_label checkpoint=...` writes "
+        if self.pseudo_labels:
+            self.require_given_masks(
+                stage,
+                "a second stage is trained on pseudo-labels",
+                "`wsss pseudo_label checkpoint=...` writes "
                 "(data.masks=outputs/.../pseudo_labels/train_aug/cpl); on the data set's own masks "
-                "train with method.pseudo_labels=false."
+                "train with method.pseudo_labels=false",
             )
 
     def step(self, batch: Batch) -> Step:

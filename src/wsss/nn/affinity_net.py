@@ -86,13 +86,7 @@ class AffinityNetwork(WSSSNetwork):
         count = len(self.encoder.stage_dims)
         wanted = range(max(0, count - len(WIDTHS)), count)
         stages = self.encoder.chosen_stages(images, wanted)
-        strides = self.encoder.stage_strides
-        parts = []
-        for i in wanted:
-            factor = strides[-1] // strides[i]
-            x = stages[i]
-            parts.append(F.avg_pool2d(x, factor, ceil_mode=True) if factor > 1 else x)
-        return self.affinity_head(parts)
+        return self.affinity_head([self.encoder.on_final_grid(stages[i], i) for i in wanted])
 
     def head_parameters(self) -> list[nn.Parameter]:
         return [*super().head_parameters(), *self.affinity_head.parameters()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from wsss.nn.attention import Blocks, choose_blocks, keep_attention
 from wsss.nn.decoder import largefov
 from wsss.nn.encoders import make_encoder
 from wsss.nn.neck import NeckOutput
+from wsss.nn.pyramid import PyramidEncoder
 from wsss.nn.stage_decoders import StageDecoder
 
 POOLINGS = ("gmp", "gap")
@@ -166,9 +167,10 @@ class WSSSNetwork(nn.Module):
         stages: dict[int, Tensor] = {}
         with keep_attention(self.encoder, self.wanted_attention) as attention:
             if decode and isinstance(self.decoder, StageDecoder):
-                stages = self.encoder.chosen_stages(images, self.decoder.read)  # type: ignore[operator]
-                tokens = stages[max(stages)]
-                early = self.encoder.early_of(stages[self.encoder.early_index])  # type: ignore[operator]
+                encoder = cast(PyramidEncoder, self.encoder)  # the decoder has seen to it
+                stages = encoder.chosen_stages(images, self.decoder.read)
+                tokens, number = stages[max(stages)], encoder.early_index
+                early = encoder.on_final_grid(stages[number], number)
             else:
                 tokens, early = self.encoder(images)
         neck = self.apply_neck(tokens)

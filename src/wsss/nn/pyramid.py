@@ -89,7 +89,8 @@ class PyramidEncoder(nn.Module):
             the final grid, for CAMs of both are compared cell by cell.
         """
         stages = self.chosen_stages(images, ())
-        return stages[len(self.stage_dims) - 1], self.early_of(stages[self.early_index])
+        early = self.on_final_grid(stages[self.early_index], self.early_index)
+        return stages[len(self.stage_dims) - 1], early
 
     def chosen_stages(self, images: Tensor, wanted: Collection[int]) -> dict[int, Tensor]:
         """Stages by number: those wanted, the early and the last one.
@@ -103,9 +104,9 @@ class PyramidEncoder(nn.Module):
         kept = {*wanted, self.early_index, len(self.stage_dims) - 1}
         return {i: stage for i, stage in enumerate(self._stages(images)) if i in kept}
 
-    def early_of(self, stage: Tensor) -> Tensor:
-        """The early features of the early stage: (B, early_dim, h, w) on the final grid."""
-        factor = self.stage_strides[-1] // self.stage_strides[self.early_index]
+    def on_final_grid(self, stage: Tensor, number: int) -> Tensor:
+        """Stage ``number`` averaged down to the final grid: (B, D, h, w)."""
+        factor = self.stage_strides[-1] // self.stage_strides[number]
         return F.avg_pool2d(stage, factor, ceil_mode=True) if factor > 1 else stage
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
