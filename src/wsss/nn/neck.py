@@ -61,6 +61,8 @@ class UncertaintyNeck(nn.Module):
     - The start: Q, K, V of the masking are identities, so a position mostly collects itself and
       positions like it, and Z_f is about Z; random ones would average the whole image, and with
       eq. 10 as printed there is no residual connection to get it back. ``mu`` starts near Z.
+    - A residual path: none is printed, so a position is replaced by what it attends to. With
+      ``residual``, Z is added to Z_f.
 
     There is no sampling here, in training neither: samples are drawn by
     :func:`~wsss.losses.distribution_loss` and Z_f does not depend on them. The published ablation
@@ -73,6 +75,7 @@ class UncertaintyNeck(nn.Module):
             are smaller where the grid is no multiple.
         channel, spatial: have the two branches.
         scale: see above, "image" or "channel".
+        residual: see above.
 
     Shape: (B, D, h, w) of any h and w -> :class:`NeckOutput`.
 
@@ -95,6 +98,7 @@ class UncertaintyNeck(nn.Module):
         channel: bool = True,
         spatial: bool = True,
         scale: str = "image",
+        residual: bool = False,
     ) -> None:
         super().__init__()
         if not (channel or spatial):
@@ -106,7 +110,7 @@ class UncertaintyNeck(nn.Module):
             raise UserError(f"neck.window={window}: a window has at least 1 position a side.")
         if scale not in SCALES:
             raise UserError(f"neck.scale='{scale}': choose one of {', '.join(SCALES)}.")
-        self.window, self.scale = window, scale
+        self.window, self.scale, self.residual = window, scale, residual
         self.channel_mu = ChannelAffine(dim) if channel else None
         self.channel_sigma = ChannelAffine(dim) if channel else None
         self.spatial_mu = CrossAttention(dim) if spatial else None
@@ -136,6 +140,8 @@ class UncertaintyNeck(nn.Module):
         uncertainty = min_max(sigma, (1, 2) if self.scale == "image" else (1,))
         certain = ((1 - uncertainty) * tokens).to(tokens.dtype)
         masked = self.masking(tokens, certain)
+        if self.residual:
+            masked = tokens + masked
         if self.training:
             # mu reaches no head. Without the distribution loss its layers would have no gradient,
             # where DDP wants one for every parameter.
