@@ -22,6 +22,7 @@ from typing import Any
 import hydra
 import torch
 from memory import synchronize
+from noise import noise
 from rich.console import Console
 from rich.table import Table
 
@@ -59,7 +60,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     methods = {name: build(name, arguments) for name in VARIANTS}
-    batch = noise(methods["base"].run_config["view"]["crop_size"], arguments)
+    crop_size = methods["base"].run_config["view"]["crop_size"]
+    batch = noise(arguments.batch, crop_size, arguments.classes, arguments.device)
     times: dict[str, list[float]] = {name: [] for name in methods}
     peaks = dict.fromkeys(methods, 0.0)
     for step in range(arguments.steps + 1):
@@ -88,27 +90,6 @@ def build(variant: str, arguments: argparse.Namespace) -> UniA:
     trainer: Any = SimpleNamespace(global_step=late, max_steps=10 * late)
     method._trainer = trainer
     return method.to(arguments.device).train()
-
-
-def noise(crop_size: int, arguments: argparse.Namespace) -> Batch:
-    """Images of noise with large and small structures, two classes each."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (arguments.batch, 3, crop_size, crop_size)
-    coarse = torch.rand(*shape[:2], 8, 8, generator=generator)
-    images = torch.nn.functional.interpolate(coarse, shape[2:], mode="bicubic").clamp(0, 1)
-    images = (images + 0.05 * torch.randn(shape, generator=generator)).clamp(0, 1)
-    labels = torch.zeros(arguments.batch, arguments.classes)
-    for i in range(arguments.batch):
-        labels[i, torch.randperm(arguments.classes, generator=generator)[:2]] = 1
-    device = arguments.device
-    return Batch(
-        weak=images.to(device),
-        strong=images.to(device),
-        labels=labels.to(device),
-        valid=torch.ones(arguments.batch, crop_size, crop_size, dtype=torch.bool, device=device),
-        names=[str(i) for i in range(arguments.batch)],
-        index=torch.arange(arguments.batch),
-    )
 
 
 def run(method: UniA, batch: Batch, arguments: argparse.Namespace) -> float:

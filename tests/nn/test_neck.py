@@ -61,6 +61,8 @@ def assert_matches(neck: UncertaintyNeck, features: Tensor, scale: str = "image"
     names, leaves = list(parameters), [features, *parameters.values()]
     channel, spatial = neck.channel_mu is not None, neck.spatial_mu is not None
     expected = oracle.neck(features, parameters, neck.window, channel, spatial, scale)
+    if neck.residual:
+        expected = (features + expected[0], *expected[1:])
     found = outputs(neck, features)
     for value, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-11)
@@ -83,6 +85,11 @@ def test_values_and_gradients(grid: tuple[int, int], branches: str) -> None:
 @pytest.mark.parametrize("grid", [(3, 5), (1, 1)], ids=str)
 def test_scale_of_each_channel(grid: tuple[int, int]) -> None:
     assert_matches(make(scale="channel"), _randn(2, DIM, *grid), "channel")
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (1, 1)], ids=str)
+def test_residual(grid: tuple[int, int]) -> None:
+    assert_matches(make(residual=True), _randn(2, DIM, *grid))
 
 
 @pytest.mark.parametrize("window", [1, 3, 4, 50])
@@ -342,6 +349,7 @@ def test_defaults_are_the_papers() -> None:
     neck = UncertaintyNeck(DIM)
     assert neck.window == 4
     assert neck.scale == "image"
+    assert not neck.residual
     assert neck.channel_mu is not None
     assert neck.spatial_mu is not None
     assert NeckOutput(torch.zeros(1))[1:] == (None, None, None)
