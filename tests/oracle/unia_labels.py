@@ -51,7 +51,7 @@ def _all(maps: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([bilinear(image, height, width) for image in maps])
 
 
-def par(activations: Tensor, images: Tensor, scale: float) -> Tensor:
+def par(activations: Tensor, images: Tensor, scale: float, renormalise: bool) -> Tensor:
     """Refined on the smaller image, without PAR's growth, at the size of the activations."""
     height, width = activations.shape[2:]
     small = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -60,6 +60,8 @@ def par(activations: Tensor, images: Tensor, scale: float) -> Tensor:
     )
     for _ in range(ITERATIONS):
         refined = refined / (1 + W2)
+    if renormalise:
+        stretch(refined)
     return _all(refined, height, width)
 
 
@@ -80,6 +82,15 @@ def cell_means(maps: Tensor, height: int, width: int) -> Tensor:
     return out
 
 
+def stretch(maps: Tensor) -> None:
+    """Bring each map of each image to [0, 1], in place."""
+    for image in maps:
+        for c in range(len(image)):
+            values = [float(v) for v in image[c].flatten()]
+            low, high = min(values), max(values)
+            image[c] = (image[c] - low) / (high - low + NORM_EPS)
+
+
 def walk(
     activations: Tensor,
     affinity: Tensor,
@@ -88,14 +99,10 @@ def walk(
     steps: int,
     renormalise: bool,
 ) -> Tensor:
-    """Random walk on the grid, each map brought to [0, 1], at the size of the activations."""
+    """Random walk on the grid, at the size of the activations."""
     maps = random_walk(cell_means(activations, *grid), affinity, power, steps)
     if renormalise:
-        for image in maps:
-            for c in range(len(image)):
-                values = [float(v) for v in image[c].flatten()]
-                low, high = min(values), max(values)
-                image[c] = (image[c] - low) / (high - low + NORM_EPS)
+        stretch(maps)
     return _all(maps, activations.shape[2], activations.shape[3])
 
 
@@ -117,9 +124,10 @@ def par_label(
     high: float,
     low: float,
     par_scale: float,
+    renormalise: bool,
 ) -> tuple[Tensor, Tensor]:
     """The label of PAR alone, and the maps that it was cut from."""
-    maps = par(present_only(activations.double(), labels), images.double(), par_scale)
+    maps = par(present_only(activations.double(), labels), images.double(), par_scale, renormalise)
     return two_threshold(maps, low, high, valid), maps
 
 
@@ -142,7 +150,7 @@ def mutual(
     strong = reweighted(known, high)
     maps = [
         strong,
-        par(strong, images.double(), par_scale),
+        par(strong, images.double(), par_scale, renormalise),
         walk(known, affinity.double(), grid, power, walk_steps, renormalise),
     ]
     p1, p2, p3 = (two_threshold(m, low, high, valid) for m in maps)

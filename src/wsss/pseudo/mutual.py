@@ -36,9 +36,10 @@ class MutualRefinement:
     Reweighted activations are those above ``high``, all others 0 (eq. 8). A label has a class from
     ``high`` on, background below ``low``, and 255 in between. What the paper leaves open:
 
-    - A random walk averages, so that its peaks are lower than those it started from.
-      ``renormalise`` brings its maps to [0, 1] again before the thresholds, which were chosen for
-      maps that reach 1: more is decided, and less of it is right.
+    - Pixel-adaptive refinement and the random walk average, so that a peak of few pixels sinks
+      below ``high``, and a class that the image holds has no pixel in the label. ``renormalise``
+      brings their maps to [0, 1] again before the thresholds, which were chosen for maps that
+      reach 1.
     - Pixel-adaptive refinement runs on a smaller image (``par_scale``), as in ToCo.
 
     Args:
@@ -132,8 +133,8 @@ class MutualRefinement:
         small = (max(1, round(size[0] * self.par_scale)), max(1, round(size[1] * self.par_scale)))
         refined = self._par(_resize(images, small), _resize(activations, small))
         # Its weights sum to more than 1, so that every value grows with every iteration.
-        growth = (1 + self._par.w2) ** self._par.num_iterations
-        return _resize(refined / growth, size)
+        refined = refined / (1 + self._par.w2) ** self._par.num_iterations
+        return _resize(normalise_cam(refined) if self.renormalise else refined, size)
 
     def walked(self, activations: Tensor, affinity: Tensor, grid: tuple[int, int]) -> Tensor:
         """Activations (B, K, H, W) after the random walk on the grid, at their own size."""
