@@ -17,7 +17,7 @@ MIB = 2**20
 @pytest.fixture
 def cost(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    import cost  # noqa: PLC0415
+    import cost
 
     yield cost
     for name in ("cost", "noise"):

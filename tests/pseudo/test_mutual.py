@@ -18,7 +18,7 @@ OPTIONS: dict[str, Any] = {
     "low": 0.25,
     "power": 2.0,
     "walk_steps": 1,
-    "renormalise": True,  # so that P3 has classes
+    "renormalise": True,  # so that P2 and P3 have classes
     "par_scale": 0.5,
 }
 #: name: image size, grid, labels
@@ -38,7 +38,7 @@ def made(case: str, seed: int | None = None) -> dict[str, Any]:
     """Smooth maps that reach 1, an affinity, and images of a few colours; float64."""
     size, grid, present = CASES[case]
     # With others two classes are all but equal somewhere, and rounding decides.
-    seed = {"fewer_than_another": 1, "all": 2}.get(case, 0) if seed is None else seed
+    seed = {"several": 1, "fewer_than_another": 1, "all": 6}.get(case, 0) if seed is None else seed
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor(present, dtype=torch.float32)
     images, classes = labels.shape
@@ -121,13 +121,35 @@ def test_against_the_oracle(case: str, padded: bool, par_scale: float) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"renormalise": False}, {"power": 4.0}, {"walk_steps": 0}, {"walk_steps": 3}, {"power": 0.5}],
+    [{"power": 4.0}, {"walk_steps": 0}, {"walk_steps": 3}, {"power": 0.5}],
     ids=str,
 )
 def test_options_of_the_walk(options: dict[str, Any]) -> None:
     usual = oracle.mutual(**made("several"), valid=None, **OPTIONS)
     expected = check(made("several"), **options)
     assert torch.equal(usual.p2, expected.p2)
+    assert not torch.equal(usual.p3, expected.p3)
+
+
+def test_a_peak_of_one_pixel_sinks_unless_renormalised() -> None:
+    """Both refinements average it away; then the image's own class has no pixel."""
+    maps = torch.zeros(1, 1, 16, 16)
+    maps[0, 0, 8, 8] = 1
+    inputs = (maps, torch.full((1, 16, 16), 1 / 16), (4, 4), torch.rand(1, 3, 16, 16))
+    labels = torch.ones(1, 1)
+    sunk = MutualRefinement(par_scale=1.0)(*inputs, labels)
+    assert sunk.p1.eq(1).sum() == 1
+    assert not sunk.p2.eq(1).any()
+    assert not sunk.p3.eq(1).any()
+    kept = MutualRefinement(renormalise=True, par_scale=1.0)(*inputs, labels)
+    assert kept.p2.eq(1).any()
+    assert kept.label.eq(1).any()
+
+
+def test_without_renormalising() -> None:
+    usual = oracle.mutual(**made("several"), valid=None, **OPTIONS)
+    expected = check(made("several"), renormalise=False)
+    assert not torch.equal(usual.p2, expected.p2)
     assert not torch.equal(usual.p3, expected.p3)
 
 
@@ -162,10 +184,10 @@ def test_constant_maps(value: float) -> None:
     inputs["activations"] = value * inputs["labels"][:, :, None, None].expand(-1, -1, 8, 10)
     inputs["activations"] = inputs["activations"].double()
     found = MutualRefinement(renormalise=True)(**inputs)
-    assert found.p3.eq(0).all()  # stretched to [0, 1], they have nothing that stands out
+    for label in (found.p2, found.p3, found.label):
+        assert label.eq(0).all()  # stretched to [0, 1], they have nothing that stands out
     first = torch.tensor([1, 2]).view(2, 1, 1).expand(2, 8, 10)  # of those of an image
-    for label in (found.p1, found.p2, found.label):
-        assert torch.equal(label, first if value == 1 else torch.zeros_like(first))
+    assert torch.equal(found.p1, first if value == 1 else torch.zeros_like(first))
     kept = MutualRefinement()(**inputs)
     in_between = 255 if value == 0.5 else 0
     wanted = first if value == 1 else torch.full_like(first, in_between)
@@ -240,16 +262,20 @@ def test_images_do_not_see_each_other() -> None:
 
 class TestParAlone:
     @pytest.mark.parametrize(
-        ("padded", "par_scale"), [(True, 0.5), (False, 1.0)], ids=["half_padded", "full"]
+        ("padded", "par_scale", "renormalise"),
+        [(True, 0.5, False), (False, 1.0, False), (True, 0.5, True)],
+        ids=["half_padded", "full", "renormalised"],
     )
     @pytest.mark.parametrize("case", CASES)
-    def test_against_the_oracle(self, case: str, padded: bool, par_scale: float) -> None:
+    def test_against_the_oracle(
+        self, case: str, padded: bool, par_scale: float, renormalise: bool
+    ) -> None:
         inputs = made(case, seed=2)
         valid = padding(case) if padded else None
         about = (inputs["activations"], inputs["images"], inputs["labels"], valid)
-        expected, maps = oracle.par_label(*about, 0.7, 0.25, par_scale)
+        expected, maps = oracle.par_label(*about, 0.7, 0.25, par_scale, renormalise)
         assert not near_a_cut(maps, 0.7, 0.25, 1e-6).any(), "choose another seed"
-        found = MutualRefinement(par_scale=par_scale).label(*about)
+        found = MutualRefinement(renormalise=renormalise, par_scale=par_scale).label(*about)
         assert found.dtype == torch.int64
         assert torch.equal(found, expected)
 
