@@ -1,0 +1,148 @@
+"""How good the labels are that UniA's decoder learns from: the tables of docs/unia.md.
+
+    python benchmarks/unia_labels.py outputs/unia_voc_mini/<time> --images 160
+    python benchmarks/unia_labels.py <run>/checkpoints/step_000450.ckpt --cam early
+
+Labels are made of the CAMs of a checkpoint (of any method on a plain ViT), without augmentation,
+for validation images with masks: the CAM itself with its two thresholds, after PAR, and UniA's P1,
+P2, P3 and P, as printed and (with a star) renormalised. The table has precision and recall of the
+foreground, as a mean over the classes that occur and over all pixels, and those of the background.
+A tag without a pixel is a class that an image holds and that its label does not have: it needs no
+mask to be seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from wsss.build import build_data
+from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.data.batch import to_unit_range
+from wsss.data.datamodule import WSSSDataModule
+from wsss.inference import Inference
+from wsss.pseudo import MutualRefinement, two_threshold_label
+from wsss.pseudo.labels import IGNORE_INDEX
+from wsss.report.unia import affinity_of
+from wsss.resize import nearest
+
+
+@dataclass
+class Counts:
+    """Pixels of one kind of label by truth and label; the last column is undecided."""
+
+    classes: int
+    pixels: Tensor = field(init=False)
+    missing: int = 0
+
+    def __post_init__(self) -> None:
+        self.pixels = torch.zeros(self.classes + 1, self.classes + 2, dtype=torch.int64)
+
+    def update(self, label: Tensor, truth: Tensor, tags: Tensor) -> None:
+        """One image: label and truth (H, W), tags (C,)."""
+        present = (tags.nonzero().flatten() + 1).tolist()
+        self.missing += sum(not bool((label == c).any()) for c in present)
+        known = truth != IGNORE_INDEX
+        named = label.where(label != IGNORE_INDEX, self.classes + 1)
+        pairs = truth[known] * (self.classes + 2) + named[known]
+        self.pixels += pairs.bincount(minlength=self.pixels.numel()).view_as(self.pixels)
+
+    def row(self) -> list[str]:
+        """Cells of the table."""
+        of = self.pixels.double()
+        right, named = of[1:, 1:-1].diagonal(), of[:, 1:-1].sum(0)
+        true = of[1:].sum(1)
+        occurs = true > 0
+
+        def cell(precision: Tensor, recall: Tensor) -> str:
+            return f"{100 * float(precision):.1f}, {100 * float(recall):.1f}"
+
+        return [
+            cell(
+                (right / named.clamp(min=1))[occurs].mean(),
+                (right / true.clamp(min=1))[occurs].mean(),
+            ),
+            cell(right.sum() / named.sum().clamp(min=1), right.sum() / true.sum().clamp(min=1)),
+            cell(of[0, 0] / of[:, 0].sum().clamp(min=1), of[0, 0] / of[0].sum().clamp(min=1)),
+            f"{100 * float(of[:, -1].sum() / of.sum().clamp(min=1)):.1f}",
+            str(self.missing),
+        ]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="a run's folder or a checkpoint in it")
+    parser.add_argument("--cam", choices=("final", "early"), default="final")
+    parser.add_argument("--images", type=int, default=160)
+    parser.add_argument("--data-root", help="where the data is, if not where the run had it")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    path = find_checkpoint(arguments.checkpoint)
+    content = read_checkpoint(path)
+    config = saved_config(content, path)
+    if arguments.data_root:
+        config.data.root = arguments.data_root
+    inference = Inference(restore_method(content, config, path), device=arguments.device)
+    data = build_data(config)
+    data.setup("validate")
+    counts = count(inference, data, arguments.cam == "early", arguments.images)
+    table = Table(
+        title=f"step {content['global_step']}, {inference.network_name}, {arguments.cam} CAM",
+        title_justify="left",
+    )
+    table.add_column("label")
+    for name in ("classes", "pixels", "background", "undecided", "tags without"):
+        table.add_column(name, justify="right")
+    for name, made in counts.items():
+        table.add_row(name, *made.row())
+    Console().print(table)
+
+
+def count(
+    inference: Inference, data: WSSSDataModule, early: bool, images: int
+) -> dict[str, Counts]:
+    """All labels of the first validation images."""
+    counts: dict[str, Counts] = defaultdict(lambda: Counts(len(inference.classes)))
+    printed, stretched = MutualRefinement(), MutualRefinement(renormalise=True)
+    seen = 0
+    total = -(-images // data.eval_batch_size)
+    for batch in track(
+        data.val_dataloader(), "labels", total=total, console=Console(stderr=True), transient=True
+    ):
+        pixels = to_unit_range(batch.images.to(inference.device))
+        tags = batch.labels.to(inference.device)
+        made = inference(pixels, segmentation=False, labels=tags)
+        cam = made.early_cam if early else made.cam
+        affinity, grid = affinity_of(inference.network, pixels)
+        labels = {"CAM": two_threshold_label(cam, printed.low, printed.high)}
+        for refinement, name in ((printed, ""), (stretched, "*")):
+            labels[f"PAR{name}"] = refinement.label(cam, pixels, tags)
+            mutual = refinement(cam, affinity, grid, pixels, tags)
+            for part, label in zip(("P1", "P2", "P3", "P"), mutual, strict=True):
+                labels[f"{part}{name}"] = label
+        labels.pop("P1*")  # nothing is averaged there
+        for i, mask in enumerate(batch.masks[: images - seen]):
+            for name, label in labels.items():
+                own = nearest(label[i][None].cpu(), *mask.shape)[0]
+                counts[name].update(own, mask, batch.labels[i])
+        seen += len(batch.masks)
+        if seen >= images:
+            break
+    return dict(counts)
+
+
+if __name__ == "__main__":
+    main()
