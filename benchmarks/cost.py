@@ -1,7 +1,7 @@
 """What an experiment will cost on a GPU: work and memory, counted without GPU or data.
 
     python benchmarks/cost.py cosa_voc unia_voc
-    python benchmarks/cost.py cosa_ms_r101_voc --sustained 60
+    python benchmarks/cost.py "cosa_voc method=supervised" --sustained 60
 
 One real step of the experiment (its network with random weights, its method past the warm-up, bf16,
 noise for images) runs on the CPU for two small batches; its matrix products and convolutions and
@@ -103,12 +103,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiments", nargs="+", help="names in conf/experiment")
+    parser.add_argument(
+        "experiments", nargs="+", help="names in conf/experiment, with settings after a space"
+    )
     parser.add_argument("--classes", type=int, help="default: 80 for COCO, else 20")
     parser.add_argument(
         "--sustained",
         type=float,
-        default=40,
+        default=20,
         help="TFLOP/s that a GPU delivers (default %(default)s)",
     )
     parser.add_argument("--threads", type=int, default=None)
@@ -138,8 +140,9 @@ def carry_on(small: float, large: float, batch: int) -> float:
 
 
 def settings(experiment: str) -> DictConfig:
-    """The experiment, with random weights."""
-    overrides = [f"experiment={experiment}", "backbone.pretrained=false", "data.root=none"]
+    """The experiment (and settings after a space), with random weights."""
+    name, *more = experiment.split()
+    overrides = [f"experiment={name}", "backbone.pretrained=false", "data.root=none", *more]
     overrides += ["+data.masks=none"] if "_ms_" in experiment else []
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = hydra.compose("train", overrides=overrides)
