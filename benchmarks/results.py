@@ -254,7 +254,7 @@ def table_text(rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
         if bound is not None:
             own = mean_score(runs, COLUMNS["seg"])
             cells.append("-" if own is None else f"{100 * own / bound:.0f} %")
-        minutes = deviation([run["environment"].get("seconds", 0) / 60 for run in runs], 0)
+        minutes = deviation([minutes_of(run["environment"]) for run in runs], 0)
         commits = sorted({str(run["environment"].get("commit") or "-") for run in runs})
         count = ", ".join(str(run["seed"]) for run in runs) or "-"
         devices = sorted({device(run["environment"]) for run in runs})
@@ -280,6 +280,13 @@ def score(run: dict[str, Any], name: str) -> float | None:
         if value is not None:
             return float(value)
     return None
+
+
+def minutes_of(environment: dict[str, Any]) -> float | None:
+    """Wall time of a training; None of one that was resumed, whose first part is not known."""
+    if environment.get("resumed_from_step") or "seconds" not in environment:
+        return None
+    return float(environment["seconds"]) / 60
 
 
 def device(environment: dict[str, Any]) -> str:

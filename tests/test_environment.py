@@ -32,6 +32,8 @@ def test_description_is_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None
     assert about["cores"] >= 1
     assert about["cpu"]
     assert about["devices"] == []
+    assert about["resumed_from_step"] is None
+    assert describe("32-true", 1, resumed=7)["resumed_from_step"] == 7
     assert len(describe("32-true", 1, on_gpu=True)["devices"]) == torch.cuda.device_count()
     age = datetime.now(UTC) - datetime.fromisoformat(about["started"])
     assert 0 <= age.total_seconds() < 600
@@ -76,3 +78,6 @@ def test_a_run_writes_it_at_its_start_and_completes_it(
     end = json.loads(path.read_text())
     assert end["finished"] >= end["started"]
     assert end["seconds"] >= 0
+    assert end["resumed_from_step"] is None
+    train(compose("train", [*few, "trainer.max_steps=2", "ckpt=last"]), tmp_path)
+    assert json.loads(path.read_text())["resumed_from_step"] == 1

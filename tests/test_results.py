@@ -176,6 +176,11 @@ def test_tables(results: ModuleType, tmp_path: Path) -> None:
     assert "| two | - | - | - | - | - | - |" in text
     results.write_tables(path, [row, empty], tmp_path, [0, 1, 2])
     assert path.read_text() == text
+    # The time of a resumed run is of its last part alone.
+    about = {"seconds": 60, "resumed_from_step": 100, "commit": "abc"}
+    (row.folder(tmp_path, 2) / "environment.json").write_text(json.dumps(about))
+    results.write_tables(path, [row, empty], tmp_path, [0, 1, 2])
+    assert "| one | 51.0 ± 1.4 | 30.0 ± 0.0 | 0, 2 | CPU | 10 | abc |" in path.read_text()
     bound = results.Row("t", "supervised", ("experiment=bound",))
     made(tmp_path, bound.folder(tmp_path, 1), 1, 60.0)
     results.write_tables(path, [bound, row, empty], tmp_path, [0, 1, 2])

@@ -24,13 +24,17 @@ def processors() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def describe(precision: str, world_size: int, on_gpu: bool = False) -> dict[str, Any]:
+def describe(
+    precision: str, world_size: int, on_gpu: bool = False, resumed: int | None = None
+) -> dict[str, Any]:
     """Versions, hardware and command of this process, with the time as ``started``.
 
     Args:
         precision: of the run, as Lightning names it.
         world_size: number of ranks.
         on_gpu: the run uses this machine's GPUs, which ``devices`` then lists.
+        resumed: step that the run goes on from; its times are of what came after. None: from the
+            start.
 
     ``commit`` is that of the source code, ``+`` behind it if files differ from it; None where wsss
     was installed from a wheel.
@@ -50,6 +54,7 @@ def describe(precision: str, world_size: int, on_gpu: bool = False) -> dict[str,
         "world_size": world_size,
         "precision": precision,
         "command": sys.argv,
+        "resumed_from_step": resumed,
         "started": _now(),
     }
 

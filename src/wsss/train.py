@@ -67,13 +67,19 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     if data.about_masks is not None and getattr(rank_zero_only, "rank", 0) == 0:
         print(f"Training masks: {data.about_masks}")
     checkpoint = find_checkpoint(cfg.ckpt, output_dir)
+    resumed = None
     if checkpoint is not None:
-        check_classes(read_checkpoint(checkpoint), data.classes, str(checkpoint))
+        content = read_checkpoint(checkpoint)
+        check_classes(content, data.classes, str(checkpoint))
+        resumed = int(content["global_step"])
     network = build_network(cfg, data.num_classes, load_weights=checkpoint is None)
     method = build_method(cfg, network, data.classes)
     trainer = make_trainer(cfg, method, output_dir)
     about = describe(
-        cfg.trainer.precision, trainer.world_size, trainer.strategy.root_device.type == "cuda"
+        cfg.trainer.precision,
+        trainer.world_size,
+        trainer.strategy.root_device.type == "cuda",
+        resumed,
     )
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(method.run_config), output_dir / "config.yaml")

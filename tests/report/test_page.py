@@ -224,6 +224,8 @@ def test_half_an_environment(tmp_path: Path) -> None:
     assert found["versions"] == "torch 2"
     assert found["command"] == found["hardware"] == found["finished"] == "not recorded"
     assert found["duration"] == "0 s"
+    found = dict(facts(made, {"seconds": 5, "resumed_from_step": 40}))
+    assert found["duration"] == "5 s from step 40 on"
 
 
 def test_pictures_without_scores_by_image(tmp_path: Path) -> None:

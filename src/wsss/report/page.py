@@ -208,6 +208,8 @@ def facts(run: Run, environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     command = [str(part) for part in environment.get("command") or [""]]
     seconds = environment.get("seconds")
+    resumed = environment.get("resumed_from_step")
+    since = f" from step {resumed} on" if resumed else ""
     hardware = [*(environment.get("devices") or []), named(["cpu"], "{value}")]
     rows += [
         # The first part is the program, perhaps of two words.
@@ -218,7 +220,7 @@ def facts(run: Run, environment: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("run with", named(("cores", "threads", "world_size", "precision"), _PAIR)),
         ("started", named(["started"], "{value}")),
         ("finished", named(["finished"], "{value}")),
-        ("duration", "" if seconds is None else duration(float(seconds))),
+        ("duration", "" if seconds is None else duration(float(seconds)) + since),
     ]
     return [(name, value or NOT_RECORDED) for name, value in rows]
 
