@@ -12,7 +12,7 @@ carried on to the experiment's. That is
   over ``--sustained``, what a GPU delivers in practice, not its peak. Time in which it waits for
   data, and what is no such operation, come on top.
 - memory: parameters, optimizer, gradients and what backward keeps. Work space of the libraries,
-  memory's fragments and CUDA itself (about 1 GiB) come on top.
+  memory's fragments and CUDA itself (some 2 GiB together) come on top.
 """
 
 from __future__ import annotations

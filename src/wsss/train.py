@@ -72,6 +72,7 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
         content = read_checkpoint(checkpoint)
         check_classes(content, data.classes, str(checkpoint))
         resumed = int(content["global_step"])
+        del content  # as large as network and optimizer together
     network = build_network(cfg, data.num_classes, load_weights=checkpoint is None)
     method = build_method(cfg, network, data.classes)
     trainer = make_trainer(cfg, method, output_dir)
