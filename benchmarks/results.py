@@ -12,6 +12,10 @@ leaves out what is done and resumes what was cut off. All rows run with the firs
 with the second, so that an early end leaves whole tables. Rows whose data is not given are left
 out, named. A second stage is trained on the pseudo-labels of another row's run of the same seed
 (``labels_of``), which are written first; it waits for that run.
+
+``--write`` puts the scores of the runs in ``--out`` into ``benchmarks/results.json`` first, then
+makes the tables from that file: runs of several machines, or of folders that are gone, come
+together there.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ from rich.console import Console
 from wsss.files import write_atomically
 
 ROWS = Path(__file__).with_suffix(".yaml")
+#: scores of the runs that the tables are made of, by the names of their folders
+RECORD = Path(__file__).with_suffix(".json")
 #: columns: heading and score of the network to deploy
 COLUMNS = {
     "seg": "seg/miou_ms_flip",
@@ -96,6 +102,9 @@ def main() -> None:
     parser.add_argument(
         "--write", type=Path, help="this file's tables, from what is done, and stop"
     )
+    parser.add_argument(
+        "--record", type=Path, default=RECORD, help="scores of runs, which --write adds to"
+    )
     arguments = parser.parse_args()
     every = read_rows(more=arguments.set)
     rows = [
@@ -107,7 +116,8 @@ def main() -> None:
         for row in rows:
             console.print(f"{row.table}/{row.name}: {' '.join(row.settings)}")
     elif arguments.write:
-        write_tables(arguments.write, every, arguments.out, arguments.seeds)
+        runs = update_record(arguments.record, every, arguments.out, arguments.seeds)
+        write_tables(arguments.write, every, runs, arguments.seeds)
     else:
         paths = {name: getattr(arguments, name) for name in ("voc", "acdc", "coco", "weights")}
         sys.exit(run_all(rows, arguments.seeds, paths, arguments.out, arguments.jobs))
@@ -217,10 +227,42 @@ def start(
 # --- tables --------------------------------------------------------------------------------
 
 
-def write_tables(path: Path, rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> None:
-    """Put every table between its markers in a Markdown file; what lacks a run shows a dash.
+Runs = dict[str, dict[str, Any]]  # by the names of their folders
 
-    The markers are ``<!-- table NAME -->`` and ``<!-- end -->``, each on a line of its own.
+
+def update_record(path: Path, rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> Runs:
+    """All runs that are known: those of the file ``path`` with the ones done in ``out`` added.
+
+    A run in ``out`` takes the place of a recorded one of the same name.
+    """
+    runs: Runs = json.loads(path.read_text()) if path.is_file() else {}
+    for folder in {row.folder(out, seed) for row in rows for seed in seeds}:
+        if (run := read_run(folder)) is not None:
+            runs[folder.name] = run
+    write_atomically(path, (json.dumps(runs, indent=1, sort_keys=True) + "\n").encode())
+    return runs
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What the tables say of a run; None where it is not done."""
+    if not (folder / "scores.json").is_file():
+        return None
+    content = json.loads((folder / "scores.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text())
+    run = {
+        "seed": content["seed"],
+        "on": device(environment),
+        "minutes": minutes_of(environment),
+        "commit": environment.get("commit"),
+    }
+    return run | {h: value for h in COLUMNS if (value := score(content["scores"], h)) is not None}
+
+
+def write_tables(path: Path, rows: Sequence[Row], runs: Runs, seeds: Sequence[int]) -> None:
+    """Put every table between its markers in a Markdown file.
+
+    The markers are ``<!-- table NAME -->`` and ``<!-- end -->``, each on a line of its own. A row
+    of which no run is known stays as it is there; a new one shows dashes.
     """
     text = path.read_text()
     for table in dict.fromkeys(row.table for row in rows):
@@ -229,56 +271,64 @@ def write_tables(path: Path, rows: Sequence[Row], out: Path, seeds: Sequence[int
             console.print(f"{path} has no marker for {table}")
             continue
         head, rest = text.split(start_mark, 1)
-        _, tail = rest.split("<!-- end -->", 1)
-        made = table_text([row for row in rows if row.table == table], out, seeds)
+        old, tail = rest.split("<!-- end -->", 1)
+        made = table_text([row for row in rows if row.table == table], runs, seeds, read_table(old))
         text = f"{head}{start_mark}\n{made}\n<!-- end -->{tail}"
     write_atomically(path, text.encode())
 
 
-def table_text(rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> str:
-    """Markdown table of one table: mean and standard deviation over the seeds that are done."""
-    found = {row.name: [r for s in seeds if (r := read_run(row.folder(out, s)))] for row in rows}
+def read_table(text: str) -> dict[str, dict[str, str]]:
+    """Cells that are no dash, by row and heading, of the one table in a Markdown text."""
+    lines = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    return {
+        line[0]: {h: cell for h, cell in zip(lines[0], line, strict=True) if h and cell != "-"}
+        for line in lines[2:]
+    }
+
+
+def table_text(
+    rows: Sequence[Row], runs: Runs, seeds: Sequence[int], old: dict[str, dict[str, str]]
+) -> str:
+    """Markdown table of one table: mean and standard deviation over the seeds that are known."""
+    found = {
+        row.name: [run for s in seeds if (run := runs.get(row.folder(Path(), s).name)) is not None]
+        for row in rows
+    }
+    kept = {row.name: old.get(row.name, {}) for row in rows if not found[row.name]}
     headings = [
         h
-        for h, name in COLUMNS.items()
-        if any(score(r, name) is not None for rs in found.values() for r in rs)
+        for h in COLUMNS
+        if any(h in run for own in found.values() for run in own)
+        or any(h in cells for cells in kept.values())
     ]
-    bound = mean_score(found.get(BOUND, []), COLUMNS["seg"])
+    bound = mean_score(found.get(BOUND, []), "seg")
     ratio = [] if bound is None else [f"of {BOUND}"]
     lines = [["", *headings, *ratio, "seeds", "on", "minutes", "commit"]]
-    numbers = len(headings) + len(ratio) + 1
-    lines.append(["---", *["---:"] * numbers, "---", "---:", "---"])
+    lines.append(["---", *["---:"] * (len(headings) + len(ratio)), "---:", "---", "---:", "---"])
     for row in rows:
-        runs = found[row.name]
-        cells = [deviation([score(run, COLUMNS[h]) for run in runs]) for h in headings]
-        if bound is not None:
-            own = mean_score(runs, COLUMNS["seg"])
-            cells.append("-" if own is None else f"{100 * own / bound:.0f} %")
-        minutes = deviation([minutes_of(run["environment"]) for run in runs], 0)
-        commits = sorted({str(run["environment"].get("commit") or "-") for run in runs})
-        count = ", ".join(str(run["seed"]) for run in runs) or "-"
-        devices = sorted({device(run["environment"]) for run in runs})
-        lines.append(
-            [row.name, *cells, count, ", ".join(devices) or "-", minutes, " ".join(commits) or "-"]
-        )
+        own = found[row.name]
+        cells = {h: deviation([run.get(h) for run in own]) for h in headings}
+        cells["seeds"] = ", ".join(str(run["seed"]) for run in own)
+        cells["on"] = ", ".join(sorted({run["on"] for run in own}))
+        cells["minutes"] = deviation([run["minutes"] for run in own], 0)
+        cells["commit"] = " ".join(sorted({run["commit"] or "-" for run in own}))
+        cells = kept.get(row.name) or cells
+        if bound is not None and cells.get("seg", "-") != "-":
+            cells[ratio[0]] = f"{100 * float(cells['seg'].split()[0]) / bound:.0f} %"
+        lines.append([row.name, *[cells.get(h) or "-" for h in lines[0][1:]]])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """``scores.json`` with its ``environment``; None where the run is not done."""
-    if not (folder / "scores.json").is_file():
-        return None
-    content: dict[str, Any] = json.loads((folder / "scores.json").read_text())
-    content["environment"] = json.loads((folder / "environment.json").read_text())
-    return content
-
-
-def score(run: dict[str, Any], name: str) -> float | None:
+def score(scores: dict[str, float], heading: str) -> float | None:
     """In percent, of the network to deploy: the assignment network where there is one."""
     for network in ("an", "on"):
-        value = run["scores"].get(f"{network}/{name}")
+        value = scores.get(f"{network}/{COLUMNS[heading]}")
         if value is not None:
-            return float(value)
+            return round(float(value), 3)
     return None
 
 
@@ -295,9 +345,9 @@ def device(environment: dict[str, Any]) -> str:
     return str(found[0]["name"] if isinstance(found[0], dict) else found[0])
 
 
-def mean_score(runs: Sequence[dict[str, Any]], name: str) -> float | None:
+def mean_score(runs: Sequence[dict[str, Any]], heading: str) -> float | None:
     """Mean over the runs that have the score."""
-    values = [value for run in runs if (value := score(run, name)) is not None]
+    values = [run[heading] for run in runs if heading in run]
     return statistics.fmean(values) if values else None
 
 

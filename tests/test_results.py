@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -159,6 +160,13 @@ def test_command_of_a_second_stage(
     assert train == [*commands[0], f"data.masks={labels / 'cpl'}"]
 
 
+def written(results: ModuleType, path: Path, rows: list[object]) -> str:
+    """The page after --write of all runs beside it."""
+    runs = results.update_record(path.with_suffix(".json"), rows, path.parent, [0, 1, 2])
+    results.write_tables(path, rows, runs, [0, 1, 2])
+    return path.read_text()
+
+
 def test_tables(results: ModuleType, tmp_path: Path) -> None:
     row = results.Row("t", "one", ("experiment=one",))
     empty = results.Row("t", "two", ("experiment=two",))
@@ -166,26 +174,60 @@ def test_tables(results: ModuleType, tmp_path: Path) -> None:
         made(tmp_path, row.folder(tmp_path, seed), seed, seg)
     path = tmp_path / "R.md"
     path.write_text("before\n<!-- table t -->\nold\n<!-- end -->\nafter\n<!-- end -->\n")
-    results.write_tables(path, [row, empty], tmp_path, [0, 1, 2])
-    text = path.read_text()
+    text = written(results, path, [row, empty])
     assert text.startswith("before\n<!-- table t -->\n")
     assert text.endswith("<!-- end -->\nafter\n<!-- end -->\n")
     assert "old" not in text
     assert "|  | seg | CPL | seeds | on | minutes | commit |" in text
     assert "| one | 51.0 ± 1.4 | 30.0 ± 0.0 | 0, 2 | CPU | 10 ± 0 | abc |" in text
     assert "| two | - | - | - | - | - | - |" in text
-    results.write_tables(path, [row, empty], tmp_path, [0, 1, 2])
-    assert path.read_text() == text
+    assert written(results, path, [row, empty]) == text
     # The time of a resumed run is of its last part alone.
     about = {"seconds": 60, "resumed_from_step": 100, "commit": "abc"}
     (row.folder(tmp_path, 2) / "environment.json").write_text(json.dumps(about))
-    results.write_tables(path, [row, empty], tmp_path, [0, 1, 2])
-    assert "| one | 51.0 ± 1.4 | 30.0 ± 0.0 | 0, 2 | CPU | 10 | abc |" in path.read_text()
+    text = written(results, path, [row, empty])
+    assert "| one | 51.0 ± 1.4 | 30.0 ± 0.0 | 0, 2 | CPU | 10 | abc |" in text
     bound = results.Row("t", "supervised", ("experiment=bound",))
     made(tmp_path, bound.folder(tmp_path, 1), 1, 60.0)
-    results.write_tables(path, [bound, row, empty], tmp_path, [0, 1, 2])
-    text = path.read_text()
+    text = written(results, path, [bound, row, empty])
     assert "|  | seg | CPL | of supervised | seeds |" in text
     assert "| one | 51.0 ± 1.4 | 30.0 ± 0.0 | 85 % | 0, 2 |" in text
     assert "| supervised | 60.0 | 30.0 | 100 % | 1 |" in text
     assert "| two | - | - | - | - | - | - | - |" in text
+
+
+def test_runs_whose_folders_are_gone_stay_in_the_tables(
+    results: ModuleType, tmp_path: Path
+) -> None:
+    row = results.Row("t", "one", ("experiment=one",))
+    bound = results.Row("t", "supervised", ("experiment=bound",))
+    path = tmp_path / "R.md"
+    path.write_text(
+        "<!-- table t -->\n|  | seg | F | seeds | on | minutes | commit |\n| --- | --- |\n"
+        "| supervised | 80.0 ± 1.0 | 20.0 | 0, 1 | CPU | 3 | - |\n"
+        "| one | 1.0 | 2.0 | 7 | CPU | 3 | - |\n<!-- end -->\n"
+    )
+    made(tmp_path, row.folder(tmp_path, 0), 0, 50.0)
+    written(results, path, [bound, row])
+    shutil.rmtree(row.folder(tmp_path, 0))
+    made(tmp_path, row.folder(tmp_path, 1), 1, 60.0)
+    text = written(results, path, [bound, row])
+    assert "|  | seg | F | CPL | seeds | on | minutes | commit |" in text
+    assert "| one | 55.0 ± 7.1 | - | 30.0 ± 0.0 | 0, 1 | CPU | 10 ± 0 | abc |" in text
+    # A row of which no run is known, as it was.
+    assert "| supervised | 80.0 ± 1.0 | 20.0 | - | 0, 1 | CPU | 3 | - |" in text
+    # A run that was done again replaces the recorded one.
+    shutil.rmtree(row.folder(tmp_path, 1))
+    made(tmp_path, row.folder(tmp_path, 1), 1, 52.0)
+    assert "| one | 51.0 ± 1.4 |" in written(results, path, [bound, row])
+
+
+def test_the_record_fits_the_rows(results: ModuleType) -> None:
+    """Every recorded run is of a row that there is, and has scores in percent."""
+    runs = json.loads(results.RECORD.read_text())
+    rows = results.read_rows()
+    for name, run in runs.items():
+        assert any(row.folder(Path(), run["seed"]).name == name for row in rows), name
+        shares = [v for h, v in run.items() if h in results.COLUMNS and h != "FP/TP"]
+        assert shares, name
+        assert all(0 <= share <= 100 for share in shares), name
