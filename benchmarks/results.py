@@ -262,7 +262,8 @@ def write_tables(path: Path, rows: Sequence[Row], runs: Runs, seeds: Sequence[in
     """Put every table between its markers in a Markdown file.
 
     The markers are ``<!-- table NAME -->`` and ``<!-- end -->``, each on a line of its own. A row
-    of which no run is known stays as it is there; a new one shows dashes.
+    of which no run is known stays as it is there, unless --set asks for other runs than those of
+    the page; a new one shows dashes.
     """
     text = path.read_text()
     for table in dict.fromkeys(row.table for row in rows):
@@ -272,7 +273,8 @@ def write_tables(path: Path, rows: Sequence[Row], runs: Runs, seeds: Sequence[in
             continue
         head, rest = text.split(start_mark, 1)
         old, tail = rest.split("<!-- end -->", 1)
-        made = table_text([row for row in rows if row.table == table], runs, seeds, read_table(old))
+        own = [row for row in rows if row.table == table]
+        made = table_text(own, runs, seeds, {} if own[0].more else read_table(old))
         text = f"{head}{start_mark}\n{made}\n<!-- end -->{tail}"
     write_atomically(path, text.encode())
 
@@ -336,7 +338,7 @@ def minutes_of(environment: dict[str, Any]) -> float | None:
     """Wall time of a training; None of one that was resumed, whose first part is not known."""
     if environment.get("resumed_from_step") or "seconds" not in environment:
         return None
-    return float(environment["seconds"]) / 60
+    return round(float(environment["seconds"]) / 60, 2)
 
 
 def device(environment: dict[str, Any]) -> str:

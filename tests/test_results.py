@@ -216,6 +216,12 @@ def test_runs_whose_folders_are_gone_stay_in_the_tables(
     assert "| one | 55.0 ± 7.1 | - | 30.0 ± 0.0 | 0, 1 | CPU | 10 ± 0 | abc |" in text
     # A row of which no run is known, as it was.
     assert "| supervised | 80.0 ± 1.0 | 20.0 | - | 0, 1 | CPU | 3 | - |" in text
+    # With --set, the figures of the page are of other runs.
+    longer = results.Row("t", "supervised", ("experiment=bound",), more=("trainer.max_steps=9",))
+    other = tmp_path / "other.md"
+    other.write_text(text)
+    results.write_tables(other, [longer], {}, [0, 1])
+    assert "80.0" not in other.read_text()
     # A run that was done again replaces the recorded one.
     shutil.rmtree(row.folder(tmp_path, 1))
     made(tmp_path, row.folder(tmp_path, 1), 1, 52.0)

@@ -10,10 +10,12 @@ belongs into a process of its own.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+import wsss
 
 NAME = "pretend"
 ATEN = torch.ops.aten
@@ -84,12 +88,21 @@ class OnDevice(Tensor):
 WAITED: Counter[str] = Counter()
 
 
+PACKAGE = f"{Path(wsss.__file__).parent}{os.sep}"
+
+
+def places(stack: traceback.StackSummary) -> list[str]:
+    """Its lines of the package, the innermost last, as ``pseudo/labels.py:52``."""
+    return [
+        f"{frame.filename.removeprefix(PACKAGE)}:{frame.lineno}"
+        for frame in stack
+        if frame.filename.startswith(PACKAGE)
+    ]
+
+
 def place() -> str:
     """The line of the package that is running."""
-    for frame in reversed(traceback.extract_stack()):
-        if "/wsss/" in frame.filename:
-            return f"{frame.filename.split('/wsss/')[-1]}:{frame.lineno}"
-    return "?"
+    return (places(traceback.extract_stack()) or ["?"])[-1]
 
 
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -155,10 +155,7 @@ def main() -> None:
         try:
             result = run(settings)
         except Exception as error:
-            places = [
-                f for f in traceback.extract_tb(error.__traceback__) if "/wsss/" in f.filename
-            ]
-            where = f"{places[-1].filename}:{places[-1].lineno}" if places else ""
+            where = pretend.places(traceback.extract_tb(error.__traceback__))[-1:]
             result = {"error": f"{type(error).__name__}: {error} {where}"}
         print(json.dumps({"case": name, **result}), flush=True)
 
