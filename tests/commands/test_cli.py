@@ -77,6 +77,16 @@ def test_papers_settings() -> None:
     )
 
 
+def test_views_of_full_supervision_are_the_usual_ones_unless_told() -> None:
+    chosen = ["experiment=cosa_voc", "method=supervised", "data.root=/data"]
+    bound = compose("train", chosen).view
+    assert (list(bound.appearance), bound.blur, bound.crop_size) == (["identity"], 0, 448)
+    assert [t.name for t in bound.extra] == ["ColorJitter"]
+    cosa = compose("train", ["experiment=cosa_voc", "data.root=/data"]).view
+    assert "solarize" in cosa.appearance
+    assert compose("train", [*chosen, "view=cosa"]).view == cosa
+
+
 @pytest.mark.parametrize(
     ("override", "hint"),
     [

@@ -15,10 +15,11 @@ from wsss.methods.base import Method
 class Supervised(Method):
     """Encoder and decoder trained with per-pixel cross-entropy on masks.
 
-    On the data set's own masks it is the upper bound: with the same network, views and schedule as
-    a weakly supervised method, the ratio to it is what the missing masks cost. On exported
+    On the data set's own masks it is the upper bound: with the same network and schedule as a
+    weakly supervised method, the ratio to it is what the missing masks cost. On exported
     pseudo-labels (``data.masks``) it is the second stage of multi-stage methods such as CoSA-MS.
-    The classifiers are neither trained nor evaluated.
+    The classifiers are neither trained nor evaluated. Its configuration chooses ``view=standard``:
+    CoSA's strong views lower the bound (docs/findings.md).
 
     Args:
         pseudo_labels: for a second stage: refuse to start without ``data.masks``.
