@@ -231,7 +231,7 @@ def test_half_an_environment(tmp_path: Path) -> None:
 def test_pictures_without_scores_by_image(tmp_path: Path) -> None:
     drawing = Drawing(("cat", "dog"), [], [[picture()]], [None])
     words = page_of([write(run("cam"), tmp_path)], drawing).words("Images")
-    assert "spread evenly" in words
+    assert "spread over the validation set and its classes" in words
     assert "images.csv): not recorded" in words
     assert "img: cat" in words
     assert "(" not in words[words.index("img: cat") :]

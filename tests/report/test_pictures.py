@@ -34,6 +34,7 @@ from wsss.report.pictures import (
     save_png,
     scored_threshold,
     spread,
+    spread_over_classes,
     strip,
 )
 
@@ -210,6 +211,16 @@ def test_spread() -> None:
     assert spread(3, 8) == [0, 1, 2]
     assert spread(5, 1) == [0]
     assert spread(0, 4) == spread(4, 0) == []
+
+
+def test_spread_over_classes() -> None:
+    labels = np.eye(4, dtype=np.float32)[[0, 0, 1, 1, 1, 2, 1, 0]]
+    assert spread_over_classes(labels, 4) == [0, 2, 5, 6]  # the last stretch has nothing new
+    assert spread_over_classes(labels, 2) == [0, 4]
+    assert spread_over_classes(labels[:2], 4) == [0, 1]
+    assert spread_over_classes(labels[:0], 4) == spread_over_classes(labels, 0) == []
+    nothing = np.zeros((4, 3))  # images without any class
+    assert spread_over_classes(nothing, 2) == [0, 2]
 
 
 def test_save_png_replaces_whole_files(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from wsss.data.views import resize_image
 from wsss.errors import UserError
 from wsss.methods.base import Method, check_classes
 from wsss.report.comparison import in_order
-from wsss.report.pictures import PanelSet, draw_panels, scored_threshold, spread
+from wsss.report.pictures import PanelSet, draw_panels, scored_threshold, spread_over_classes
 from wsss.report.records import read_image_scores, worst_and_best
 from wsss.report.runs import Run
 
@@ -34,7 +34,7 @@ class Picture:
     Attributes:
         panels: its pictures, square as the network sees them.
         size: (H, W) of the image in the data set.
-        rank: "worst" or "best" of a run's images, "" for one of those spread evenly.
+        rank: "worst" or "best" of a run's images, "" for one of those spread over the set.
         score: that says so, in percent.
     """
 
@@ -69,8 +69,8 @@ def draw_runs(
 
     ``shared`` has image and truth, then every run's prediction and, if it has CAMs, its CPL: a CoSA
     run gets both columns, a supervised one the prediction, a CAM one the CPL. Its images are spread
-    evenly over the first run's validation images; each run sees them at its own size. ``own`` has
-    all panels of one run, on the images that its ``images.csv`` puts last and first.
+    over the first run's validation images and their classes; each run sees them at its own size.
+    ``own`` has all panels of one run, on the images that its ``images.csv`` puts last and first.
 
     Args:
         runs: with checkpoints.
@@ -99,7 +99,8 @@ def draw_runs(
         size = int(cfg.data.eval_size)
 
         indices = first.val_indices()
-        positions = spread(len(indices), count)
+        assert first.val_images is not None
+        positions = spread_over_classes([first.val_images.labels[i] for i in indices], count)
         pictures = [draw_image(method, first, indices[i], size) for i in positions]
         _add_columns(drawing.shared, pictures, title)
 

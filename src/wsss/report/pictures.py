@@ -270,6 +270,27 @@ def spread(total: int, count: int) -> list[int]:
     return [int(i) for i in np.linspace(0, total - 1, count).round()] if count > 0 else []
 
 
+def spread_over_classes(labels: Sequence[NDArray[Any]], count: int) -> list[int]:
+    """At most ``count`` positions, one of every stretch of the list, that show many classes.
+
+    Of each stretch the first image with a class that none of the chosen ones has; without such a
+    one, the first. Scores have no say in it.
+
+    Args:
+        labels: (C,) 0/1 of every image.
+        count: of positions.
+    """
+    chosen: list[int] = []
+    shown: set[int] = set()
+    for stretch in np.array_split(np.arange(len(labels)), max(1, min(count, len(labels)))):
+        positions = [int(position) for position in stretch] if count > 0 else []
+        new = [p for p in positions if not shown.issuperset(np.flatnonzero(labels[p]).tolist())]
+        for position in (new or positions)[:1]:
+            chosen.append(position)
+            shown.update(np.flatnonzero(labels[position]).tolist())
+    return chosen
+
+
 def _fit(panel: RGB, cell: int) -> Image.Image:
     picture = Image.fromarray(panel)
     height = max(1, round(picture.height * cell / picture.width))
