@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from wsss.data.datamodule import WSSSDataModule
 from wsss.data.layout import Layout
@@ -105,6 +107,49 @@ def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) 
 def method_class(cfg: DictConfig) -> type[Method]:
     """The class that ``cfg.method`` names."""
     return cast(type[Method], hydra.utils.get_class(cfg.method._target_))
+
+
+def settings_of(cls: type[Method]) -> set[str]:
+    """Names of the keys that ``cfg.method`` may have for a class."""
+    names: set[str] = set()
+    for base in cls.__mro__[: cls.__mro__.index(Method) + 1]:
+        parameters = inspect.signature(base.__init__).parameters.values()
+        names.update(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+    return names - {"self", "network", "classes", "addons"}
+
+
+def leave_out_foreign_settings(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Take out of ``cfg.method`` what an experiment sets for another method than the chosen one.
+
+    ``experiment=cosa_shapes method=supervised`` trains with that experiment's data, size and
+    schedule; CoSA's own settings there have no meaning.
+
+    Args:
+        cfg: changed in place.
+        overrides: the user's, as typed.
+
+    Returns:
+        The keys taken out; none unless ``overrides`` choose a method.
+
+    Raises:
+        UserError: one of the overrides is not a setting of the chosen method.
+    """
+    chosen = [o for o in overrides if o.startswith("method=")]
+    if not chosen:
+        return []
+    known = settings_of(method_class(cfg))
+    foreign = sorted(str(key) for key in cfg.method if key != "_target_" and key not in known)
+    typed = {o.lstrip("+").partition("=")[0] for o in overrides}
+    for key in foreign:
+        if f"method.{key}" in typed:
+            raise UserError(
+                f"method.{key} is not a setting of {chosen[-1]}. Leave it out, or choose one of "
+                f"{', '.join(sorted(known))}."
+            )
+    with open_dict(cfg):
+        for key in foreign:
+            del cfg.method[key]
+    return [f"method.{key}" for key in foreign]
 
 
 def build_method(cfg: DictConfig, network: WSSSNetwork, classes: tuple[str, ...]) -> Method:

@@ -21,7 +21,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wsss.build import build_data, build_method, build_network, method_class
+from wsss.build import (
+    build_data,
+    build_method,
+    build_network,
+    leave_out_foreign_settings,
+    method_class,
+)
 from wsss.callbacks.checkpoint import AtomicCheckpointIO, ResumableInterrupt
 from wsss.callbacks.pictures import PictureLogger
 from wsss.checkpoints import read_checkpoint
@@ -54,6 +60,9 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     """
     quiet_libraries()
     cfg = apply_variant(cfg)
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if left_out := leave_out_foreign_settings(cfg, overrides):
+        log.info("Settings of another method, left out: %s", ", ".join(left_out))
     check_writable(output_dir)
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)

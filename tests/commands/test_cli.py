@@ -8,7 +8,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.commands.conftest import Run, compose
-from wsss.build import build_method, build_network, method_class
+from wsss.build import (
+    build_method,
+    build_network,
+    leave_out_foreign_settings,
+    method_class,
+    settings_of,
+)
 from wsss.cli import check_overrides, config_dir
 from wsss.errors import UserError
 
@@ -33,6 +39,25 @@ def test_every_experiment_instantiates(name: str) -> None:
     method = build_method(cfg, network, ("a", "b", "c"))
     assert isinstance(method, method_class(cfg))
     assert method.monitor.split("/")[0] in method.network_names
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_takes_masks_instead(name: str) -> None:
+    """``method=supervised``, the upper bound of any experiment."""
+    overrides = [f"experiment={name}", "method=supervised", "data.root=/data"]
+    cfg = compose("train", overrides)
+    left_out = leave_out_foreign_settings(cfg, overrides)
+    assert set(cfg.method) - {"_target_"} <= settings_of(method_class(cfg))
+    if name == "cosa_shapes":
+        assert left_out == ["method.loss_warmup_steps", "method.momentum"]
+
+
+def test_only_an_experiments_settings_are_left_out() -> None:
+    overrides = ["experiment=cosa_shapes", "method=supervised", "++method.momentum=0.9"]
+    cfg = compose("train", overrides)
+    with pytest.raises(UserError, match=r"^method\.momentum is not a setting of method=supervised"):
+        leave_out_foreign_settings(cfg, overrides)
+    assert leave_out_foreign_settings(cfg, overrides[:1]) == []  # the experiment's own method
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "dinov2_reg": ("vit_base_patch14_reg4_dinov2.lvd142m", {}, 5),
     "dinov3": ("vit_base_patch16_dinov3.lvd1689m", {"init_values": 0.5}, 5),
     "dinov3_plus": ("vit_small_plus_patch16_dinov3.lvd1689m", {"init_values": 0.5}, 5),
-    "clip": ("vit_base_patch16_clip_224.openai", {}, 1),
+    "clip": ("vit_base_patch16_clip_quickgelu_224.openai", {}, 1),
     "siglip": ("vit_base_patch16_siglip_224.webli", {}, 0),
     "eva": ("eva_giant_patch14_224.clip_ft_in1k", {"mlp_ratio": 2}, 1),
     "eva02_tiny": ("eva02_tiny_patch14_224.mim_in22k", {}, 1),
