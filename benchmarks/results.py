@@ -15,7 +15,8 @@ out, named. A second stage is trained on the pseudo-labels of another row's run 
 
 ``--write`` puts the scores of the runs in ``--out`` into ``benchmarks/results.json`` first, then
 makes the tables from that file: runs of several machines, or of folders that are gone, come
-together there.
+together there. A run of other settings than its row has now is left out, named. A row of the page
+with more seeds than runs are known stays as it is.
 """
 
 from __future__ import annotations
@@ -34,10 +35,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 
+from wsss.build import leave_out_foreign_settings
+from wsss.cli import config_dir
 from wsss.files import write_atomically
+from wsss.train import apply_variant
 
 ROWS = Path(__file__).with_suffix(".yaml")
 #: scores of the runs that the tables are made of, by the names of their folders
@@ -56,6 +62,10 @@ COLUMNS = {
 }
 #: the row that others' segmentations are set in relation to
 BOUND = "supervised"
+#: groups of the configuration that make a run what it is
+COMPARED = ("method", "view", "backbone", "decoder", "neck", "addon", "trainer", "data")
+#: keys that do not: where things lie, and what says the same as another
+IGNORED = ("data.root", "data.masks", "backbone.weights", "data.view.")
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -63,7 +73,8 @@ console = Console(highlight=False, soft_wrap=True)
 class Row:
     """One row of a table: ``settings`` are those of ``wsss train``, without the seed.
 
-    ``labels_of`` is the row of the first stage, of a second one.
+    ``labels_of`` is the row of the first stage, of a second one; ``bound`` the row that its
+    segmentation is set in relation to.
     """
 
     table: str
@@ -72,6 +83,7 @@ class Row:
     labels_of: Row | None = None
     #: settings given with --set, which come after all others
     more: tuple[str, ...] = ()
+    bound: str = BOUND
 
     def folder(self, out: Path, seed: int) -> Path:
         """Of its run; rows with the same settings share it."""
@@ -116,8 +128,8 @@ def main() -> None:
         for row in rows:
             console.print(f"{row.table}/{row.name}: {' '.join(row.settings)}")
     elif arguments.write:
-        runs = update_record(arguments.record, every, arguments.out, arguments.seeds)
-        write_tables(arguments.write, every, runs, arguments.seeds)
+        runs = update_record(arguments.record, every, arguments.out)
+        write_tables(arguments.write, every, runs)
     else:
         paths = {name: getattr(arguments, name) for name in ("voc", "acdc", "coco", "weights")}
         sys.exit(run_all(rows, arguments.seeds, paths, arguments.out, arguments.jobs))
@@ -129,12 +141,11 @@ def read_rows(path: Path = ROWS, more: Sequence[str] = ()) -> list[Row]:
     rows: dict[tuple[str, str], Row] = {}
     for table, about in content["tables"].items():
         for name, own in about["rows"].items():
-            first, own = (
-                (own["labels_of"], own["settings"]) if isinstance(own, dict) else (None, own)
-            )
-            settings = (*own, *content["data"][about["data"]], *content["all"], *more)
-            labels_of = None if first is None else rows[table, first]
-            rows[table, name] = Row(table, name, settings, labels_of, tuple(more))
+            row = own if isinstance(own, dict) else {"settings": own}
+            settings = (*row["settings"], *content["data"][about["data"]], *content["all"], *more)
+            first = rows[table, row["labels_of"]] if "labels_of" in row else None
+            bound = row.get("bound", BOUND)
+            rows[table, name] = Row(table, name, settings, first, tuple(more), bound)
     return list(rows.values())
 
 
@@ -230,15 +241,24 @@ def start(
 Runs = dict[str, dict[str, Any]]  # by the names of their folders
 
 
-def update_record(path: Path, rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> Runs:
+def update_record(path: Path, rows: Sequence[Row], out: Path) -> Runs:
     """All runs that are known: those of the file ``path`` with the ones done in ``out`` added.
 
-    A run in ``out`` takes the place of a recorded one of the same name.
+    A run in ``out`` takes the place of a recorded one of the same name, unless its row has come to
+    mean something else since.
     """
     runs: Runs = json.loads(path.read_text()) if path.is_file() else {}
-    for folder in {row.folder(out, seed) for row in rows for seed in seeds}:
-        if (run := read_run(folder)) is not None:
-            runs[folder.name] = run
+    for row in {row.folder(out, 0): row for row in rows}.values():
+        name = row.folder(out, 0).name.removesuffix("0")
+        for folder in sorted(out.glob(f"{name}*")):
+            if not folder.name.removeprefix(name).isdecimal():
+                continue
+            if (run := read_run(folder)) is None:
+                continue
+            if changed := changed_settings(row, folder):
+                console.print(f"left out, trained with {'; '.join(changed)}: {folder.name}")
+            else:
+                runs[folder.name] = run
     write_atomically(path, (json.dumps(runs, indent=1, sort_keys=True) + "\n").encode())
     return runs
 
@@ -258,12 +278,41 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return run | {h: value for h in COLUMNS if (value := score(content["scores"], h)) is not None}
 
 
-def write_tables(path: Path, rows: Sequence[Row], runs: Runs, seeds: Sequence[int]) -> None:
+def changed_settings(row: Row, folder: Path) -> list[str]:
+    """What a run's configuration says otherwise than its row would today, of keys both have."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return []
+    settings = [re.sub(r"{\w+}", "given", setting) for setting in row.settings]
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = apply_variant(hydra.compose("train", overrides=settings))
+    leave_out_foreign_settings(cfg, settings)
+    then = flat(yaml.safe_load(file.read_text()))
+    now = flat({group: OmegaConf.to_container(cfg[group], resolve=True) for group in COMPARED})
+    return [
+        f"{key}={then[key]}, not {value}"
+        for key, value in now.items()
+        if key in then and then[key] != value and not key.startswith(IGNORED)
+    ]
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their keys with dots."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def write_tables(path: Path, rows: Sequence[Row], runs: Runs) -> None:
     """Put every table between its markers in a Markdown file.
 
     The markers are ``<!-- table NAME -->`` and ``<!-- end -->``, each on a line of its own. A row
-    of which no run is known stays as it is there, unless --set asks for other runs than those of
-    the page; a new one shows dashes.
+    that has more seeds there than runs are known stays as it is, unless --set asks for other runs
+    than those of the page; a new one shows dashes.
     """
     text = path.read_text()
     for table in dict.fromkeys(row.table for row in rows):
@@ -274,7 +323,7 @@ def write_tables(path: Path, rows: Sequence[Row], runs: Runs, seeds: Sequence[in
         head, rest = text.split(start_mark, 1)
         old, tail = rest.split("<!-- end -->", 1)
         own = [row for row in rows if row.table == table]
-        made = table_text(own, runs, seeds, {} if own[0].more else read_table(old))
+        made = table_text(own, runs, {} if own[0].more else read_table(old))
         text = f"{head}{start_mark}\n{made}\n<!-- end -->{tail}"
     write_atomically(path, text.encode())
 
@@ -292,25 +341,29 @@ def read_table(text: str) -> dict[str, dict[str, str]]:
     }
 
 
-def table_text(
-    rows: Sequence[Row], runs: Runs, seeds: Sequence[int], old: dict[str, dict[str, str]]
-) -> str:
+def table_text(rows: Sequence[Row], runs: Runs, old: dict[str, dict[str, str]]) -> str:
     """Markdown table of one table: mean and standard deviation over the seeds that are known."""
+    seeds = sorted({run["seed"] for run in runs.values()})
     found = {
         row.name: [run for s in seeds if (run := runs.get(row.folder(Path(), s).name)) is not None]
         for row in rows
     }
-    kept = {row.name: old.get(row.name, {}) for row in rows if not found[row.name]}
+    kept: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells = old.get(row.name, {})
+        more = len(cells.get("seeds", "").split(",")) > len(found[row.name])
+        if cells and (more or not found[row.name]):
+            kept[row.name] = cells
+            if found[row.name]:
+                console.print(f"{row.table}/{row.name} stays, with seeds {cells['seeds']}")
+            found[row.name] = []
     headings = [
         h
         for h in COLUMNS
         if any(h in run for own in found.values() for run in own)
         or any(h in cells for cells in kept.values())
     ]
-    bound = mean_score(found.get(BOUND, []), "seg")
-    ratio = [] if bound is None else [f"of {BOUND}"]
-    lines = [["", *headings, *ratio, "seeds", "on", "minutes", "commit"]]
-    lines.append(["---", *["---:"] * (len(headings) + len(ratio)), "---:", "---", "---:", "---"])
+    table: dict[str, dict[str, str]] = {}
     for row in rows:
         own = found[row.name]
         cells = {h: deviation([run.get(h) for run in own]) for h in headings}
@@ -318,10 +371,21 @@ def table_text(
         cells["on"] = ", ".join(sorted({run["on"] for run in own}))
         cells["minutes"] = deviation([run["minutes"] for run in own], 0)
         cells["commit"] = " ".join(sorted({run["commit"] or "-" for run in own}))
-        cells = kept.get(row.name) or cells
-        if bound is not None and cells.get("seg", "-") != "-":
-            cells[ratio[0]] = f"{100 * float(cells['seg'].split()[0]) / bound:.0f} %"
-        lines.append([row.name, *[cells.get(h) or "-" for h in lines[0][1:]]])
+        table[row.name] = kept.get(row.name) or cells
+    ratio = f"of {BOUND}"
+    for row in rows:
+        own_seg, bound_seg = (table.get(name, {}).get("seg", "-") for name in (row.name, row.bound))
+        share = "-"
+        if "-" not in (own_seg, bound_seg):
+            share = f"{100 * float(own_seg.split()[0]) / float(bound_seg.split()[0]):.0f} %"
+        table[row.name][ratio] = share
+    if all(cells[ratio] == "-" for cells in table.values()):
+        ratio = ""
+    numbers = [*headings, ratio] if ratio else headings
+    lines = [["", *numbers, "seeds", "on", "minutes", "commit"]]
+    lines.append(["---", *["---:"] * len(numbers), "---:", "---", "---:", "---"])
+    for name, cells in table.items():
+        lines.append([name, *[cells.get(h) or "-" for h in lines[0][1:]]])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -342,15 +406,10 @@ def minutes_of(environment: dict[str, Any]) -> float | None:
 
 
 def device(environment: dict[str, Any]) -> str:
-    """What a run was trained on: the GPU's name, else CPU."""
-    found = environment.get("devices") or ["CPU"]
-    return str(found[0]["name"] if isinstance(found[0], dict) else found[0])
-
-
-def mean_score(runs: Sequence[dict[str, Any]], heading: str) -> float | None:
-    """Mean over the runs that have the score."""
-    values = [run[heading] for run in runs if heading in run]
-    return statistics.fmean(values) if values else None
+    """What a run was trained on: the GPU's name, else the processor's, without its marks."""
+    found = environment.get("devices") or [environment.get("cpu") or "CPU"]
+    name = str(found[0]["name"] if isinstance(found[0], dict) else found[0])
+    return re.sub(r"\((R|TM)\)|\d+-Core|Processor|CPU @.*", "", name).strip() or "CPU"
 
 
 def deviation(values: Iterable[float | None], digits: int = 1) -> str:

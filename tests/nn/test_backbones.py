@@ -75,10 +75,12 @@ def images_of(height: int = 64, width: int = 80) -> Tensor:
 
 
 def normalised(encoder: ViTEncoder, images: Tensor) -> Tensor:
-    """With the mean and standard deviation of the name's own configuration."""
+    """With mean and deviation of the name's own configuration, as large as whole patches."""
     config = timm.get_pretrained_cfg(encoder.name)
     mean, std = (torch.tensor(getattr(config, k)).view(1, 3, 1, 1) for k in ("mean", "std"))
-    return (images - mean) / std
+    sides = zip(images.shape[2:], encoder.patch_size, strict=True)
+    size = [patch * -(-side // patch) for side, patch in sides]
+    return torch.nn.functional.interpolate((images - mean) / std, size, mode="bilinear")
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

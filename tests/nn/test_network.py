@@ -51,6 +51,25 @@ def test_other_vits(name: str) -> None:
     assert out.cam.shape == (1, 3, -(-60 // patch), -(-90 // patch))
 
 
+def test_grid_covers_the_image_and_nothing_else() -> None:
+    """A ramp that the patches average is a ramp over the whole grid, at any size of image."""
+    encoder = make().encoder
+    vit = encoder.vit
+    torch.nn.init.zeros_(vit.pos_embed)
+    torch.nn.init.zeros_(vit.patch_embed.proj.bias)
+    torch.nn.init.constant_(vit.patch_embed.proj.weight, 1 / (3 * 16 * 16))
+    seen: list[torch.Tensor] = []
+    vit.patch_embed.register_forward_hook(lambda module, args, out: seen.append(out))
+    for width in (48, 56, 33):
+        ramp = (torch.arange(width) + 0.5) / width
+        images = ramp.expand(1, 3, 32, width) * encoder.std + encoder.mean
+        encoder(images)
+        columns = seen.pop().flatten(0, -2)[:, 0].reshape(2, -1)
+        count = -(-width // 16)
+        expected = (torch.arange(count) + 0.5) / count
+        torch.testing.assert_close(columns, expected.expand(2, -1), atol=2e-3, rtol=0)
+
+
 def test_cam_and_class_logits_are_one_classifier() -> None:
     """M = W F and Z = W maxpool(F)."""
     network = make()

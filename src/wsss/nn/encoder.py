@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import eva
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -98,8 +99,9 @@ class ViTEncoder(nn.Module):
         """Features of RGB images in [0, 1].
 
         Args:
-            images: (B, 3, H, W); sizes that the patch does not divide are padded by timm on the
-                right and below.
+            images: (B, 3, H, W); those of a size that the patch does not divide are enlarged to
+                the next one that it does (bilinear), so that the grid covers the image and nothing
+                else: over padding, maps resized to the image would be out of place.
 
         Returns:
             Final features after the final norm, and the early block's features (without it,
@@ -107,6 +109,9 @@ class ViTEncoder(nn.Module):
         """
         x = (images - self.mean) / self.std
         grid = self.grid(images.shape[-2], images.shape[-1])
+        whole = grid[0] * self.patch_size[0], grid[1] * self.patch_size[1]
+        if x.shape[-2:] != whole:
+            x = F.interpolate(x, size=whole, mode="bilinear", align_corners=False)
         self._choose_attention(images, grid[0] * grid[1])
         final, intermediates = self.vit.forward_intermediates(
             x, indices=[self.early_index], norm=False, output_fmt="NLC"
@@ -158,7 +163,7 @@ def _missing_parts(model: nn.Module) -> list[str]:
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
     require_timm_name(name)
-    options = {"dynamic_img_size": True, "dynamic_img_pad": True} | kwargs
+    options = {"dynamic_img_size": True} | kwargs
     try:
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except TypeError as error:
