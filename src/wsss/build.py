@@ -113,8 +113,9 @@ def settings_of(cls: type[Method]) -> set[str]:
     """Names of the keys that ``cfg.method`` may have for a class."""
     names: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(Method) + 1]:
-        parameters = inspect.signature(base.__init__).parameters.values()
-        names.update(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            names.update(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
     return names - {"self", "network", "classes", "addons"}
 
 

@@ -320,7 +320,7 @@ class TestAffinity:
     OPTIONS: dict[str, Any] = {  # noqa: RUF012
         "high": 0.6,
         "low": 0.3,
-        "power": 3.0,
+        "walk_power": 3.0,
         "walk_steps": 2,
         "renormalise": True,
         "par_scale": 1.0,

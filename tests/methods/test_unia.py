@@ -238,7 +238,7 @@ class TestRefinement:
         return method, label, mutual, activations.early_cam
 
     def test_mutual(self) -> None:
-        options = {"power": 4.0, "walk_steps": 2, "renormalise": True, "par_scale": 1.0}
+        options = {"walk_power": 4.0, "walk_steps": 2, "renormalise": True, "par_scale": 1.0}
         for chosen in ({}, options):
             method, label, mutual, cam = self.found(**chosen)
             output, _ = own(method)
@@ -493,7 +493,7 @@ def test_options_that_cannot_be(
         make(**options)
 
 
-@pytest.mark.parametrize("options", [{"power": 0.0}, {"walk_steps": -1}], ids=str)
+@pytest.mark.parametrize("options", [{"walk_power": 0.0}, {"walk_steps": -1}], ids=str)
 def test_a_walk_that_cannot_be_is_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises((UserError, ValueError)):
         make(**options)

@@ -140,7 +140,7 @@ def mutual(
     valid: Tensor | None,
     high: float,
     low: float,
-    power: float,
+    walk_power: float,
     walk_steps: int,
     renormalise: bool,
     par_scale: float,
@@ -151,7 +151,7 @@ def mutual(
     maps = [
         strong,
         par(strong, images.double(), par_scale, renormalise),
-        walk(known, affinity.double(), grid, power, walk_steps, renormalise),
+        walk(known, affinity.double(), grid, walk_power, walk_steps, renormalise),
     ]
     p1, p2, p3 = (two_threshold(m, low, high, valid) for m in maps)
     label = torch.full_like(p1, IGNORE)

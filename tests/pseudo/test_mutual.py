@@ -16,7 +16,7 @@ from wsss.pseudo.labels import PresentChannels
 OPTIONS: dict[str, Any] = {
     "high": 0.7,
     "low": 0.25,
-    "power": 2.0,
+    "walk_power": 2.0,
     "walk_steps": 1,
     "renormalise": True,  # so that P2 and P3 have classes
     "par_scale": 0.5,
@@ -121,7 +121,7 @@ def test_against_the_oracle(case: str, padded: bool, par_scale: float) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"power": 4.0}, {"walk_steps": 0}, {"walk_steps": 3}, {"power": 0.5}],
+    [{"walk_power": 4.0}, {"walk_steps": 0}, {"walk_steps": 3}, {"walk_power": 0.5}],
     ids=str,
 )
 def test_options_of_the_walk(options: dict[str, Any]) -> None:
@@ -333,7 +333,7 @@ class TestPresentChannels:
         ({"high": 1.1}, r"high=1\.1"),
         ({"par_scale": 0.0}, r"par_scale=0\.0"),
         ({"par_scale": 1.5}, r"par_scale=1\.5"),
-        ({"power": 0.0}, r"power=0\.0"),
+        ({"walk_power": 0.0}, r"walk_power=0\.0"),
         ({"walk_steps": -1}, "walk_steps=-1"),
     ],
 )

@@ -30,7 +30,7 @@ class Affinity(AddOn):
         scale_affinity: times the number of positions, so that 1 is the affinity of two positions
             that know nothing of each other, whatever the grid. Without it all affinities are near
             1/N, and the loss has next to no gradient.
-        high, low, power, walk_steps, renormalise, par_scale: of
+        high, low, walk_power, walk_steps, renormalise, par_scale: of
             :class:`~wsss.pseudo.MutualRefinement`.
         start_step, cams: of :class:`~wsss.addons.AddOn`.
 
@@ -50,7 +50,7 @@ class Affinity(AddOn):
         scale_affinity: bool = False,
         high: float = 0.7,
         low: float = 0.25,
-        power: float = 2.0,
+        walk_power: float = 2.0,
         walk_steps: int = 1,
         renormalise: bool = False,
         par_scale: float = 0.5,
@@ -65,7 +65,9 @@ class Affinity(AddOn):
         self.temperature = temperature
         self.log = log
         self.scale_affinity = scale_affinity
-        self.refinement = MutualRefinement(high, low, power, walk_steps, renormalise, par_scale)
+        self.refinement = MutualRefinement(
+            high, low, walk_power, walk_steps, renormalise, par_scale
+        )
 
     @property
     def weight(self) -> float:

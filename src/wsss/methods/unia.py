@@ -47,8 +47,8 @@ class UniA(Method):
             refinement alone; ``none``.
         refine_start_step: optimizer step from which ``mutual`` counts; ``par`` before.
         high, low: thresholds of all labels: class from ``high`` on, background below ``low``.
-        blocks, power, walk_steps, renormalise, par_scale: of the affinity and its random walk, see
-            :class:`~wsss.addons.Affinity`.
+        blocks, walk_power, walk_steps, renormalise, par_scale: of the affinity and its random walk,
+            see :class:`~wsss.addons.Affinity`.
         aux_steps: see above.
         loss_warmup_steps: optimizer steps before the decoder learns (ToCo's 2000; the paper is
             silent).
@@ -70,7 +70,7 @@ class UniA(Method):
         high: float = 0.7,
         low: float = 0.25,
         blocks: Blocks = "all",
-        power: float = 2.0,
+        walk_power: float = 2.0,
         walk_steps: int = 1,
         renormalise: bool = False,
         par_scale: float = 0.5,
@@ -94,7 +94,9 @@ class UniA(Method):
         self.refine = refine
         self.refine_start_step = refine_start_step
         self.high, self.low = high, low
-        self.refinement = MutualRefinement(high, low, power, walk_steps, renormalise, par_scale)
+        self.refinement = MutualRefinement(
+            high, low, walk_power, walk_steps, renormalise, par_scale
+        )
         self.aux_steps = aux_steps
         self.loss_warmup_steps = loss_warmup_steps
         self.seg_weight = seg_weight

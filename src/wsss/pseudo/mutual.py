@@ -44,7 +44,7 @@ class MutualRefinement:
 
     Args:
         high, low: thresholds.
-        power, walk_steps: of :func:`~wsss.pseudo.random_walk`.
+        walk_power, walk_steps: of :func:`~wsss.pseudo.random_walk`.
         renormalise: see above.
         par_scale: factor of the image's size at which pixels are compared.
 
@@ -60,21 +60,22 @@ class MutualRefinement:
         self,
         high: float = 0.7,
         low: float = 0.25,
-        power: float = 2.0,
+        walk_power: float = 2.0,
         walk_steps: int = 1,
         renormalise: bool = False,
         par_scale: float = 0.5,
     ) -> None:
         if not 0 <= low <= high <= 1:
             raise ValueError(f"low={low}, high={high}: give 0 <= low <= high <= 1.")
-        if power <= 0 or walk_steps < 0:
+        if walk_power <= 0 or walk_steps < 0:
             raise ValueError(
-                f"power={power}, walk_steps={walk_steps}: give more than 0, and 0 or more."
+                f"walk_power={walk_power}, walk_steps={walk_steps}: give more than 0, and 0 or "
+                "more."
             )
         if not 0 < par_scale <= 1:
             raise ValueError(f"par_scale={par_scale}: give more than 0, and 1 at most.")
         self.high, self.low = high, low
-        self.power, self.walk_steps = power, walk_steps
+        self.walk_power, self.walk_steps = walk_power, walk_steps
         self.renormalise = renormalise
         self.par_scale = par_scale
         self._par = PixelAdaptiveRefinement()
@@ -139,7 +140,7 @@ class MutualRefinement:
     def walked(self, activations: Tensor, affinity: Tensor, grid: tuple[int, int]) -> Tensor:
         """Activations (B, K, H, W) after the random walk on the grid, at their own size."""
         maps = F.interpolate(activations.float(), grid, mode="area")
-        maps = random_walk(maps, affinity, self.power, self.walk_steps)
+        maps = random_walk(maps, affinity, self.walk_power, self.walk_steps)
         if self.renormalise:
             maps = normalise_cam(maps)
         return _resize(maps, (activations.shape[-2], activations.shape[-1]))
