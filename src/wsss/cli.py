@@ -59,6 +59,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    # The order of images is a function of seed and step: a resumed run goes on exactly.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     # Scores are reduced over ranks before they are logged.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
