@@ -65,7 +65,7 @@ BOUND = "supervised"
 #: groups of the configuration that make a run what it is
 COMPARED = ("method", "view", "backbone", "decoder", "neck", "addon", "trainer", "data")
 #: keys that do not: where things lie, and what says the same as another
-IGNORED = ("data.root", "data.masks", "backbone.weights", "data.view.")
+IGNORED = ("data.root", "data.masks", "backbone.weights", "data.view.", "data.seed")
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -288,7 +288,13 @@ def changed_settings(row: Row, folder: Path) -> list[str]:
         cfg = apply_variant(hydra.compose("train", overrides=settings))
     leave_out_foreign_settings(cfg, settings)
     then = flat(yaml.safe_load(file.read_text()))
-    now = flat({group: OmegaConf.to_container(cfg[group], resolve=True) for group in COMPARED})
+    now = flat(
+        {
+            group: OmegaConf.to_container(cfg[group], resolve=True)
+            for group in COMPARED
+            if cfg[group] is not None  # no add-on, say
+        }
+    )
     return [
         f"{key}={then[key]}, not {value}"
         for key, value in now.items()

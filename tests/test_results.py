@@ -247,7 +247,7 @@ def test_a_run_of_other_settings_is_left_out(
     folder = row.folder(tmp_path, 0)
     made(tmp_path, folder, 0, 50.0)
     record = tmp_path / "R.json"
-    cfg = compose("train", [*row.settings, "data.root=/elsewhere"])
+    cfg = compose("train", [*row.settings, "data.root=/elsewhere", "seed=3"])
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     assert folder.name in results.update_record(record, [row], tmp_path)
     cfg.view.blur = 0.5
@@ -255,6 +255,18 @@ def test_a_run_of_other_settings_is_left_out(
     record.unlink()
     assert results.update_record(record, [row], tmp_path) == {}
     assert f"trained with view.blur=0.5, not 0.0: {folder.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wanted", ["+ network", "single stage"])
+def test_settings_of_variants_are_compared(
+    results: ModuleType, tmp_path: Path, wanted: str
+) -> None:
+    """Without add-ons there is no such group."""
+    row = next(r for r in results.read_rows() if (r.table, r.name) == ("unia_shapes", wanted))
+    made(tmp_path, row.folder(tmp_path, 1), 1, 50.0)
+    cfg = apply_variant(compose("train", [*row.settings, "seed=1"]))
+    OmegaConf.save(cfg, row.folder(tmp_path, 1) / "config.yaml", resolve=True)
+    assert results.update_record(tmp_path / "R.json", [row], tmp_path)
 
 
 def test_rows_have_the_bound_of_their_network(results: ModuleType) -> None:
