@@ -256,7 +256,10 @@ def update_record(path: Path, rows: Sequence[Row], out: Path) -> Runs:
             if (run := read_run(folder)) is None:
                 continue
             if changed := changed_settings(row, folder):
-                console.print(f"left out, trained with {'; '.join(changed)}: {folder.name}")
+                console.print(
+                    f"left out, trained with {'; '.join(changed)}: {folder.name} "
+                    "(to run it again, move that folder away)"
+                )
             else:
                 runs[folder.name] = run
     write_atomically(path, (json.dumps(runs, indent=1, sort_keys=True) + "\n").encode())

@@ -61,6 +61,33 @@ def test_only_an_experiments_settings_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "batch", "images", "momentum", "decay"),
+    [  # epochs times images
+        ("cosa_ms_r101_voc", 16, 80 * 10_582, 0.9, 1e-4),  # BECO: 8 on each of two GPUs
+        ("cosa_ms_r101_coco", 16, None, 0.9, 1e-4),
+        ("cosa_ms_wrn38_voc", 4, 30 * 10_582, 0.0, 0.0),  # MCTformer, as its code comes out
+        ("cosa_ms_wrn38_coco", 4, None, 0.0, 0.0),
+    ],
+)
+def test_schedules_of_second_stages(
+    name: str, batch: int, images: int | None, momentum: float, decay: float
+) -> None:
+    cfg = compose("train", [f"experiment={name}", "data.root=/data"])
+    assert cfg.data.batch_size == batch
+    assert (cfg.method.sgd_momentum, cfg.method.weight_decay) == (momentum, decay)
+    if images is not None:
+        assert (
+            abs(cfg.trainer.max_steps * batch - images) < 80 * batch
+        )  # the rest of an epoch is left out
+
+
+def test_small_experiments_evaluate_at_the_size_they_train_on() -> None:
+    for name in ("voc_mini", "coco_mini", "acdc_mini"):
+        cfg = compose("train", [f"experiment={name}", "data.root=/data", "method=cam"])
+        assert cfg.data.eval_size == cfg.view.crop_size, name
+
+
+@pytest.mark.parametrize(
     ("more", "left"),
     [
         ([], "freeze_bn, freeze_stem"),
