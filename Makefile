@@ -12,7 +12,7 @@ WORKERS ?= 2
 export WANDB_MODE ?= offline
 export NO_ALBUMENTATIONS_UPDATE := 1
 export HF_HUB_OFFLINE ?= 1
-# Modules are compiled when first imported: a sixth of the time of an installation that compiles all.
+# Modules are compiled when first imported, not all of them at installation, which takes longer.
 export PYTHONDONTWRITEBYTECODE :=
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 
