@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export PYTHONDONTWRITEBYTECODE :=
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help install demo demo-cosa demo-supervised demo-cam test lint bench clean
+.PHONY: help install demo test lint bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,22 +30,11 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# One thread each, two at a time: a training gains less from a second core than a second training does.
-DEMO_TRAIN := $(BIN)/wsss train seed=$(SEED) trainer.threads=1
-# Only CoSA's progress is shown; of the others a log, and all of it where one fails.
-DEMO_ASIDE = > $(DEMO)/$*.log 2>&1 || { cat $(DEMO)/$*.log; exit 1; }
-
 demo: install  ## train CoSA, its lower and its upper bound on generated images; table and pictures
-	$(BIN)/wsss prepare data=shapes
-	@mkdir -p $(DEMO)
-	@$(MAKE) --no-print-directory -j 2 demo-cosa demo-supervised demo-cam
+	$(BIN)/wsss train experiment=shapes method=supervised seed=$(SEED) output_dir=$(DEMO)/supervised
+	$(BIN)/wsss train experiment=shapes method=cam seed=$(SEED) output_dir=$(DEMO)/cam
+	$(BIN)/wsss train experiment=cosa_shapes seed=$(SEED) output_dir=$(DEMO)/cosa
 	$(BIN)/wsss report 'runs=[$(DEMO)/supervised,$(DEMO)/cam,$(DEMO)/cosa]' output_dir=$(DEMO)/report
-
-demo-cosa:
-	$(DEMO_TRAIN) experiment=cosa_shapes output_dir=$(DEMO)/cosa
-
-demo-supervised demo-cam: demo-%:
-	$(DEMO_TRAIN) experiment=shapes method=$* output_dir=$(DEMO)/$* $(DEMO_ASIDE)
 
 test: install  ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
