@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -327,7 +327,7 @@ class Layout(ABC):
         return problems
 
 
-def in_threads(function: Callable[[T], R], items: list[T], description: str) -> Iterator[R]:
+def in_threads(function: Callable[[T], R], items: Sequence[T], description: str) -> Iterator[R]:
     """``map`` over threads, in order, with a progress bar for long lists."""
     hidden = len(items) <= _PROGRESS_FROM or getattr(rank_zero_only, "rank", 0) != 0
     with ThreadPoolExecutor(_THREADS) as pool:

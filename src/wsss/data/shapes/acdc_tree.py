@@ -75,7 +75,7 @@ def write(root: Path, numbers: Numbers, draw: Draw) -> None:
         folder.mkdir(parents=True)
         (folder / "Info.cfg").write_text(_INFO, encoding="utf-8")
         for volume, members in volumes.items():
-            samples = [draw(number) for number in members]
+            samples = list(draw(members))
             luma = np.stack([_luma(sample.image).T for sample in samples], axis=-1)
             masks = np.stack([sample.mask.T for sample in samples], axis=-1)
             factor = FACTORS[written % len(FACTORS)]

@@ -49,8 +49,7 @@ def write(root: Path, numbers: Numbers, draw: Draw) -> None:
         folder = root / f"{split}2017"
         folder.mkdir()
         images, annotations = [], []
-        for number in members:
-            sample = draw(number)
+        for number, sample in zip(members, draw(members), strict=True):
             height, width = sample.mask.shape
             name = f"{image_name(number)}.jpg"
             (folder / name).write_bytes(jpeg(sample.image))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ from wsss.data.shapes.scene import Sample
 
 Numbers = Mapping[str, range]
 """Image numbers of "train" and of "val", in this order."""
-Draw = Callable[[int], Sample]
-"""The sample of an image number."""
+Draw = Callable[[Sequence[int]], Iterator[Sample]]
+"""The samples of image numbers, in their order."""
 
 JPEG_QUALITY = 92
 FIRST_VAL = 500_001  # image numbers: training from 1, validation from here

@@ -36,8 +36,7 @@ def write(root: Path, numbers: Numbers, draw: Draw) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("image", "labels", "split"))
         for split, members in numbers.items():
-            for number in members:
-                name, sample = image_name(number), draw(number)
+            for name, sample in zip(map(image_name, members), draw(members), strict=True):
                 (root / "images" / f"{name}.jpg").write_bytes(jpeg(sample.image))
                 save_mask(root / "masks" / f"{name}.png", sample.mask)
                 names = sorted({thing.name for thing in sample.objects}, key=CLASSES.index)

@@ -94,7 +94,7 @@ def _place(rng: Rng, figures: Sequence[Figure], size: int) -> tuple[list[_Placed
         for item in reversed(placed):
             visible = item.mask & ~covered
             # Whole pixels only: the ones that the object shares become void.
-            if blocks(visible).all(-1).mean() < difficulty.MIN_VISIBLE_AREA:
+            if blocks(visible).all(0).mean() < difficulty.MIN_VISIBLE_AREA:
                 break
             if visible.sum() < difficulty.MIN_VISIBLE_FRACTION * item.mask.sum():
                 break
@@ -111,9 +111,9 @@ def _place(rng: Rng, figures: Sequence[Figure], size: int) -> tuple[list[_Placed
 
 
 def blocks(array: NDArray[Any]) -> NDArray[Any]:
-    """(S * k, S * k) to (S, S, k * k): the supersampled values of each pixel."""
+    """(S * k, S * k) to (k * k, S, S): the supersampled values of each pixel."""
     k, size = SUPERSAMPLING, len(array) // SUPERSAMPLING
-    return array.reshape(size, k, size, k).transpose(0, 2, 1, 3).reshape(size, size, k * k)
+    return array.reshape(size, k, size, k).transpose(1, 3, 0, 2).reshape(k * k, size, size)
 
 
 def check_range(name: str, value: int, low: int, high: int | None = None) -> None:
@@ -160,7 +160,7 @@ def render(number: int, image_size: int = 96, seed: int = 0) -> Sample:
         band = (y > railhead - 0.02) & (y < railhead - 0.02 + height)
         canvas = np.where(band[..., None], rails(rng, x, y, railhead - 0.02, height), canvas)
 
-    owner = np.zeros((size, size), np.int64)  # 0 background, k + 1 the k-th object
+    owner = np.zeros((size, size), np.uint8)  # 0 background, k + 1 the k-th object
     for k, item in enumerate(placed):
         _paint(canvas, item, x, y)
         owner[item.mask] = k + 1
@@ -188,15 +188,16 @@ def _paint(canvas: Floats, item: _Placed, x: Floats, y: Floats) -> None:
 
 
 def _labels(
-    owner: NDArray[np.int64], placed: Sequence[_Placed]
+    owner: NDArray[np.uint8], placed: Sequence[_Placed]
 ) -> tuple[NDArray[np.uint8], list[ShapeObject]]:
     """Mask and objects at the final resolution from the supersampled owner map."""
-    votes = (blocks(owner)[..., None] == np.arange(len(placed) + 1)).sum(2)
-    winner = votes.argmax(-1)
+    owners = blocks(owner)
+    votes = np.stack([(owners == k).sum(0) for k in range(len(placed) + 1)])
+    winner = votes.argmax(0)
     values = np.array([0, *(CLASSES.index(p.figure.name) + 1 for p in placed)], np.uint8)
     mask = values[winner]
     if difficulty.VOID_BORDER:
-        mask[votes.max(-1) < SUPERSAMPLING**2] = VOID
+        mask[votes.max(0) < SUPERSAMPLING**2] = VOID
     objects = []
     for k, item in enumerate(placed):
         visible = winner == k + 1

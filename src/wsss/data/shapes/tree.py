@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from wsss.data.layout import in_threads
 from wsss.data.shapes import acdc_tree, coco_tree, difficulty, folder_tree, voc_tree
 from wsss.data.shapes.difficulty import VERSION
 from wsss.data.shapes.files import FIRST_VAL, Draw, Numbers, image_numbers
@@ -86,7 +87,11 @@ def generate(
     partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         partial.mkdir()
-        LAYOUTS[layout].write(partial, numbers, lambda number: render(number, image_size, seed))
+        LAYOUTS[layout].write(
+            partial,
+            numbers,
+            lambda some: in_threads(lambda n: render(n, image_size, seed), some, "Drawing images"),
+        )
         record = json.dumps(parameters, indent=2) + "\n"
         (partial / "shapes.json").write_text(record, encoding="utf-8")
         try:

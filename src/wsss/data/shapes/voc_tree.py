@@ -35,8 +35,7 @@ def write(root: Path, numbers: Numbers, draw: Draw) -> None:
     for folder in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
     for split, members in numbers.items():
-        for number in members:
-            name, sample = image_name(number), draw(number)
+        for name, sample in zip(map(image_name, members), draw(members), strict=True):
             (root / "JPEGImages" / f"{name}.jpg").write_bytes(jpeg(sample.image))
             save_mask(root / "SegmentationClass" / f"{name}.png", sample.mask)
             _annotation(name, sample).write(root / "Annotations" / f"{name}.xml", encoding="utf-8")
