@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import hydra
 import pytest
 from omegaconf import DictConfig
 
+from tests.forks import run_module
 from wsss.cli import config_dir
 
 TINY = [
@@ -52,17 +52,16 @@ def command_environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs ``python -m wsss.<command> ...`` in an empty folder and returns what it printed."""
 
     def call(command: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", f"wsss.{command}", *arguments],
-            cwd=tmp_path,
-            env=command_environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
+        done = run_module(
+            f"wsss.{command}",
+            arguments,
+            folder=tmp_path,
+            environment=command_environment(),
+            output=tmp_path_factory.mktemp("printed") / command,
         )
         assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,11 @@ from torch.utils import backend_registration
 
 from tests.commands.conftest import command_environment
 from tests.commands.test_predict import write_checkpoint
+from tests.forks import run_module
 
 COMMANDS = {
     "predict": ["input={images}", "precision=32-true"],
-    "pseudo_label": ["refine=par", "labels=both"],
+    "pseudo_label": ["split=val", "refine=par", "labels=both"],
     "analyse": [],
 }
 
@@ -37,18 +36,18 @@ def test_pictures_are_those_of_the_cpu(
     command: str, checkpoint: Path, shapes_root: Path, tmp_path: Path
 ) -> None:
     written = []
-    settings = [s.format(images=shapes_root / "JPEGImages") for s in COMMANDS[command]]
     for device in ("cpu", "pretend:0"):
         out = tmp_path / device[:3]
-        done = subprocess.run(
+        settings = [s.format(images=shapes_root / "JPEGImages") for s in COMMANDS[command]]
+        done = run_module(
+            "tests.devices.command",
             [
-                *(sys.executable, "-m", "tests.devices.command", command, *settings),
+                *(command, *settings),
                 *(f"checkpoint={checkpoint}", f"device={device}", f"output_dir={out}"),
             ],
-            cwd=Path(__file__).parents[2],
-            env=command_environment() | {"WSSS_CACHE": str(tmp_path / "cache")},
-            capture_output=True,
-            text=True,
+            folder=Path(__file__).parents[2],
+            environment=command_environment() | {"WSSS_CACHE": str(tmp_path / "cache")},
+            output=tmp_path / f"printed_{device[:3]}",
         )
         assert done.returncode == 0, done.stdout + done.stderr
         written.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torchmetrics import Metric
+
+from tests.forks import fork_server
 
 Updates = list[tuple[Tensor, Tensor]]
 
@@ -28,9 +29,7 @@ def compute_on_ranks(metrics: list[Metric], ranks: list[Updates], folder: Path) 
     Returns:
         by rank, by metric, what ``compute`` returns.
     """
-    # Forks of a process that has done nothing but import: seconds less than spawning, and safer
-    # than forking this one.
-    multiprocessing.set_forkserver_preload(["wsss.metrics"])
+    fork_server()
     mp.start_processes(
         _rank,
         (len(ranks), metrics, ranks, str(folder)),
