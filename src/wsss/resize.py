@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -86,8 +85,18 @@ def nearest(x: Tensor, height: int, width: int) -> Tensor:
     return x[..., rows[:, None], columns]
 
 
+def cell_centres(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(..., H, W) of any dtype to (..., h, w): the pixel at each cell's centre.
+
+    A map that was enlarged from that grid comes back, which :func:`nearest`, at a cell's first
+    pixel, would move by half a cell.
+    """
+    (height, width), (h, w) = x.shape[-2:], size
+    rows = (2 * torch.arange(h, device=x.device) + 1) * height // (2 * h)
+    columns = (2 * torch.arange(w, device=x.device) + 1) * width // (2 * w)
+    return x[..., rows[:, None], columns]
+
+
 def valid_on_grid(valid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Which cells of a grid lie on the image: (B, H, W) bool to (B, h, w), by nearest pixel."""
-    if valid.shape[-2:] == size:
-        return valid
-    return F.interpolate(valid[:, None].float(), size=size, mode="nearest")[:, 0] > 0
+    """Which cells of a grid have their centre on the image: (B, H, W) bool to (B, h, w)."""
+    return valid if valid.shape[-2:] == size else cell_centres(valid, size)

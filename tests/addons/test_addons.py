@@ -33,7 +33,7 @@ from wsss.methods import CAM
 from wsss.nn import NetworkOutput, UncertaintyNeck, WSSSNetwork
 from wsss.nn.neck import NeckOutput
 from wsss.pseudo import MutualRefinement, normalise_cam, symmetric_affinity
-from wsss.resize import nearest
+from wsss.resize import cell_centres
 
 
 def view(term: str = "cls", cam: str = "cam", grid: tuple[int, int] = (7, 6)) -> View:
@@ -147,7 +147,9 @@ class TestFeatureSimilarity:
         images = F.interpolate(
             shown.images, size=size, mode="bilinear", antialias=True, align_corners=False
         )
-        valid = F.interpolate(shown.valid[:, None].float(), size=size)[:, 0] > 0
+        valid = (
+            F.interpolate(shown.valid[:, None].float(), size=size, mode="nearest-exact")[:, 0] > 0
+        )
         scores = F.interpolate(shown.scores, size=size, mode="bilinear", align_corners=False)
         expected = feature_similarity_loss(
             scores, images, shown.labels, 2.5, 2.0, window=6, valid=valid
@@ -341,7 +343,7 @@ class TestAffinity:
             shown.certainties(), affinity.detach(), (7, 6), shown.images, shown.labels, shown.valid
         ).label
         expected = contrastive_affinity_loss(
-            affinity * (42 if scaled else 1), nearest(label, 7, 6), 0.3, log
+            affinity * (42 if scaled else 1), cell_centres(label, (7, 6)), 0.3, log
         )
         assert len(label.unique()) >= 3
         torch.testing.assert_close(found, expected)
@@ -355,7 +357,7 @@ class TestAffinity:
         label = torch.randint(0, 3, (2, 56, 48))
         shown = replace(seen(), affinity=affinity, label=label, output=None, activations=None)
         found = Affinity(temperature=0.3, high=0.9).loss(shown)
-        expected = contrastive_affinity_loss(affinity, label[:, ::8, ::8], 0.3)
+        expected = contrastive_affinity_loss(affinity, label[:, 4::8, 4::8], 0.3)
         assert torch.equal(found, expected)
         found.backward()
         assert affinity.grad is not None
@@ -369,7 +371,7 @@ class TestAffinity:
         label = MutualRefinement()(
             given.certainties(), affinity, (7, 6), given.images, given.labels, given.valid
         ).label
-        expected = contrastive_affinity_loss(affinity, nearest(label, 7, 6), 0.5)
+        expected = contrastive_affinity_loss(affinity, cell_centres(label, (7, 6)), 0.5)
         torch.testing.assert_close(Affinity().loss(given), expected)
 
     def test_defaults(self) -> None:

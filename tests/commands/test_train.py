@@ -114,6 +114,30 @@ def test_killed_run_resumes_bit_for_bit(tiny: list[str], tmp_path: Path) -> None
     assert not list(out.rglob("*.part"))
 
 
+def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of co-training: the moving average of the last step is saved with the rest."""
+    steps = ["trainer.max_steps=7", "trainer.save_every_n_steps=1000", "evaluate=false"]
+    train(compose("train", [*tiny, *steps]), tmp_path / "whole")
+    original = CoSA.step
+
+    def step(self: CoSA, batch: object) -> Step:
+        if self.trainer.global_step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CoSA, "step", step)
+    out = tmp_path / "stopped"
+    with pytest.raises(SystemExit, match="130"):
+        train(compose("train", [*tiny, *steps]), out)
+    saved = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 5
+    monkeypatch.undo()
+    train(compose("train", [*tiny, *steps, "ckpt=last"]), out)
+    assert_same(weights(tmp_path / "whole"), weights(out))
+
+
 def test_two_processes_equal_one(run: Run, tiny: list[str], tmp_path: Path) -> None:
     more = ["evaluate=true", "trainer.max_steps=5", "method.threshold_fill_steps=1"]
     one = train(compose("train", [*tiny, *more]), tmp_path / "one")

@@ -109,6 +109,22 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
     )
 
 
+def test_autocast_changes_nothing() -> None:
+    cam, label, perplexity = _inputs("some_ignored")
+    cam, perplexity = cam.float(), perplexity.float()
+
+    def under(cast: bool) -> Any:
+        def loss(m: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                return contrastive_separation_loss(m, label, perplexity)
+
+        return value_and_gradient(loss, cam)
+
+    for found, expected in zip(under(True), under(False), strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+
+
 def test_the_limit_itself_is_inside() -> None:
     cam, label, _ = _inputs("two_labels")
     on_the_limit = torch.ones(label.shape, dtype=torch.float64)

@@ -27,7 +27,7 @@ from wsss.losses import (
 from wsss.methods import UniA
 from wsss.nn import NetworkOutput, UncertaintyNeck, WSSSNetwork
 from wsss.pseudo import MultiScaleOutput, MutualRefinement, multi_scale, symmetric_affinity
-from wsss.resize import nearest
+from wsss.resize import cell_centres
 
 VIT: dict[str, Any] = {"depth": 3, "embed_dim": 24, "num_heads": 2, "img_size": 64, "patch_size": 8}
 #: thresholds at which all labels of the made batch have classes, background and 255
@@ -394,7 +394,7 @@ class TestAddOns:
         affinity = symmetric_affinity(output.attention)
         label = method.label(activations, affinity, output, b)
         torch.testing.assert_close(
-            terms["affinity"], contrastive_affinity_loss(affinity, nearest(label, 6, 8), 0.5)
+            terms["affinity"], contrastive_affinity_loss(affinity, cell_centres(label, (6, 8)), 0.5)
         )
 
     @pytest.mark.parametrize("start", [0, 8])
@@ -426,6 +426,32 @@ class TestAddOns:
                 assert parameter.grad is not None, (step, name)
                 if step == 3 and name.startswith("decoder"):
                     assert not parameter.grad.any(), name
+
+    @pytest.mark.parametrize(
+        ("options", "starts", "reads"),
+        [
+            ({"refine_start_step": 9}, (), (False, False, True)),
+            ({"refine_start_step": 2}, (), (False, True, True)),  # after the decoder's start
+            ({"refine": "par"}, (), (False, False, False)),
+            ({"refine": "par"}, (3,), (True, True, True)),
+            ({"refine_start_step": 9}, (8,), (False, True, True)),
+        ],
+    )
+    def test_attention_is_kept_when_it_is_read(
+        self, options: dict[str, Any], starts: tuple[int, ...], reads: tuple[bool, ...]
+    ) -> None:
+        addons = {"affinity": Affinity(start_step=start) for start in starts}
+        method = make(addons=addons, **options)
+        method.optimizers = lambda: SimpleNamespace(param_groups=[{"lr": 0.0}])  # type: ignore
+        seen = []
+        method.network.register_forward_hook(
+            lambda module, inputs, output: (
+                seen.append(output.attention is not None) if module.training else None
+            )
+        )
+        for step in (3, 8, 9):
+            at(method, step).training_step(batch(), step)
+        assert tuple(seen) == reads
 
     def test_one_that_knows_nothing_of_unia(self) -> None:
         method = make(addons={"fsl": FeatureSimilarity()})

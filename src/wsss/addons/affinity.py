@@ -12,7 +12,7 @@ from wsss.losses import contrastive_affinity_loss
 from wsss.nn import WSSSNetwork
 from wsss.nn.attention import Blocks
 from wsss.pseudo import MutualRefinement, symmetric_affinity
-from wsss.resize import nearest
+from wsss.resize import cell_centres
 
 
 class Affinity(AddOn):
@@ -40,6 +40,7 @@ class Affinity(AddOn):
     """
 
     name = "affinity"
+    needs_attention = True
 
     def __init__(
         self,
@@ -91,5 +92,5 @@ class Affinity(AddOn):
         if self.scale_affinity:
             affinity = affinity * affinity.shape[-1]
         return contrastive_affinity_loss(
-            affinity, nearest(label, *grid), self.temperature, self.log
+            affinity, cell_centres(label, grid), self.temperature, self.log
         )

@@ -84,6 +84,8 @@ class AddOn(nn.Module):
         UserError: no CAM, or an unknown one.
     """
 
+    #: whether it reads the attention that the network keeps (``output.attention``)
+    needs_attention = False
     #: name of its term, in a method its key in ``addon``; a suffix says which classification term
     #: it stands next to
     name: str

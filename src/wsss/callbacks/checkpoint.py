@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,8 +42,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return content
 
 
-class ResumableInterrupt(L.Callback):
+class ResumableInterrupt(Checkpoint):
     """The first Ctrl-C ends the run after the current step, with a checkpoint; a second at once.
+
+    A ``Checkpoint``, so that Lightning calls it after all other callbacks, the moving average
+    among them: what it saves is the whole step.
 
     Args:
         path: where the checkpoint goes.

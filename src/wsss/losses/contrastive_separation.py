@@ -38,7 +38,8 @@ def contrastive_separation_loss(
     features = F.normalize(cam.flatten(2), dim=1, eps=1e-8)
     label = label.flatten(1)
     member = (perplexity.flatten(1) <= max_perplexity) & (label != IGNORE_INDEX)
-    similarity = features.transpose(1, 2) @ features / temperature  # (B, N, N)
+    with torch.autocast(cam.device.type, enabled=False):  # bf16 costs 1 to 3 % of the gradient
+        similarity = features.transpose(1, 2) @ features / temperature  # (B, N, N)
 
     both = member[:, :, None] & member[:, None, :]
     same = label[:, :, None] == label[:, None, :]

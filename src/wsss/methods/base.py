@@ -228,7 +228,20 @@ class Method(L.LightningModule):
             addon.add_to(step, terms, weights, own_weights, scale)  # type: ignore[operator]
         return terms, weights
 
+    def reads_attention(self, step: int) -> bool:
+        """Whether the method or an add-on looks at the attention that the network keeps.
+
+        Args:
+            step: optimizer step.
+        """
+        return any(
+            addon.needs_attention and step >= addon.start_step  # type: ignore[operator]
+            for addon in self.addons.values()
+        )
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # Every matrix of it that is kept costs a product and memory until the backward pass.
+        self.network.attention_is_read = self.reads_attention(self.trainer.global_step)
         terms, weights = self.with_addons(self.step(batch))
         total = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         self._check_finite(terms)

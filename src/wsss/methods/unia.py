@@ -131,13 +131,22 @@ class UniA(Method):
             return Step(terms, self._views(output, batch, activations))
 
         affinity = None
-        if self.refine == "mutual" and self.trainer.global_step >= self.refine_start_step:
+        if self._refines(self.trainer.global_step):
             assert output.attention is not None
             affinity = symmetric_affinity(output.attention)
         label = self.label(activations, affinity, output, batch)
         terms |= self.segmentation(output, label, batch)
         mutual = None if affinity is None else label
         return Step(terms, self._views(output, batch, activations, affinity, mutual))
+
+    def _refines(self, step: int) -> bool:
+        """Whether labels are mutually refined in an optimizer step."""
+        return self.refine == "mutual" and step >= max(
+            self.refine_start_step, self.loss_warmup_steps
+        )
+
+    def reads_attention(self, step: int) -> bool:
+        return self._refines(step) or super().reads_attention(step)
 
     def segmentation(self, output: NetworkOutput, label: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The decoder's terms for a label (B, H, W)."""

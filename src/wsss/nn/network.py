@@ -145,6 +145,8 @@ class WSSSNetwork(nn.Module):
         self.neck = neck if neck is None or isinstance(neck, nn.Module) else neck(dim)
         #: blocks whose attention a pass in training mode keeps
         self.kept_blocks: tuple[int, ...] = ()
+        #: False while nobody reads it: passes keep none
+        self.attention_is_read = True
         self._wished_blocks: tuple[int, ...] = ()
         self.classifier = Classifier(dim, num_classes)
         self.early_classifier = Classifier(self.encoder.early_dim, num_classes)
@@ -232,7 +234,7 @@ class WSSSNetwork(nn.Module):
     @property
     def wanted_attention(self) -> tuple[int, ...]:
         """The blocks whose attention the next pass keeps."""
-        return self.kept_blocks if self.training else ()
+        return self.kept_blocks if self.training and self.attention_is_read else ()
 
     def set_pooling(self, pooling: str) -> None:
         """How image logits pool the features: ``gmp``, the maximum, or ``gap``, the mean.
