@@ -440,9 +440,10 @@ class TestAddOns:
     def test_attention_is_kept_when_it_is_read(
         self, options: dict[str, Any], starts: tuple[int, ...], reads: tuple[bool, ...]
     ) -> None:
-        addons = {"affinity": Affinity(start_step=start) for start in starts}
+        addons = {f"affinity{i}": Affinity(start_step=start) for i, start in enumerate(starts)}
         method = make(addons=addons, **options)
-        method.optimizers = lambda: SimpleNamespace(param_groups=[{"lr": 0.0}])  # type: ignore
+        optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+        method.optimizers = lambda: optimizer  # type: ignore[method-assign,assignment]
         seen = []
         method.network.register_forward_hook(
             lambda module, inputs, output: (
