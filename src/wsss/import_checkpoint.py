@@ -144,7 +144,8 @@ Which score is which (wsss evaluate checkpoint=...):
   an/seg/miou_ms_flip             plain segmentation, the only one to compare with other methods;
                                   its val score was not published (VOC test server, which cannot
                                   know an image's classes: 75.1)
-  an/cpl/miou_ms_flip             CAM pseudo-labels with known classes: 78.5 VOC train, 76.4 val"""
+  an/cpl/miou_ms_flip             CAM pseudo-labels with known classes: 78.5 VOC train, 76.4 val,
+                                  which may fuse scales by a sum; here it is their maximum"""
 
 
 def class_names(cfg: DictConfig, count: int) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ class Inference:
             labels: (B, C) 0/1; see :func:`~wsss.pseudo.multi_scale`.
 
         Returns:
-            On :attr:`device`, float32, at the size of ``images``.
+            On :attr:`device`, at the size of ``images``.
         """
         with self._autocast():
             return multi_scale(

@@ -35,6 +35,11 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: fl
         torch.testing.assert_close(a[key], b[key], atol=atol, rtol=0, equal_nan=True, msg=key)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_train_then_evaluate_gives_the_same_scores(
     run: Run, tiny: list[str], tmp_path: Path
 ) -> None:
@@ -139,7 +144,10 @@ def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(
 
 
 def test_two_processes_equal_one(run: Run, tiny: list[str], tmp_path: Path) -> None:
-    more = ["evaluate=true", "trainer.max_steps=5", "method.threshold_fill_steps=1"]
+    more = [
+        *("evaluate=true", "trainer.max_steps=5", "method.threshold_fill_steps=1"),
+        "trainer.log_every_n_steps=1",
+    ]
     one = train(compose("train", [*tiny, *more]), tmp_path / "one")
     run(
         "train",
@@ -155,6 +163,12 @@ def test_two_processes_equal_one(run: Run, tiny: list[str], tmp_path: Path) -> N
     two = json.loads((tmp_path / "two" / "scores.json").read_text())["scores"]
     for name, value in one.items():
         assert two[name] == pytest.approx(100 * value, abs=0.02), name
+    # The curves are those of the global batch, not of the first rank's share.
+    curves = [read_csv(tmp_path / folder / "metrics.csv") for folder in ("one", "two")]
+    for first, second in zip(*curves, strict=True):
+        for name in first:
+            if name.startswith("loss/") and first[name]:
+                assert float(second[name]) == pytest.approx(float(first[name]), abs=1e-4), name
 
 
 def test_accumulation_steps_the_moving_average_once(tiny: list[str], tmp_path: Path) -> None:
@@ -219,6 +233,25 @@ def test_nan_loss_names_the_term_and_keeps_the_checkpoint(
     content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["global_step"] == 4
     assert all(v.isfinite().all() for k, v in content["state_dict"].items() if "network" in k)
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient of NaN below a finite loss."""
+    original = CoSA.step
+
+    def step(self: CoSA, batch: object) -> Step:
+        made = original(self, batch)  # type: ignore[arg-type]
+        if self.trainer.global_step == 3:
+            made.terms["cls"].register_hook(lambda gradient: gradient * float("nan"))
+        return made
+
+    monkeypatch.setattr(CoSA, "step", step)
+    with pytest.raises(UserError, match=r"weights are not finite after step 4"):
+        train(compose("train", [*tiny, "trainer.save_every_n_steps=2"]), tmp_path)
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 2
 
 
 def test_checkpoint_of_other_classes_is_refused(tiny: list[str], tmp_path: Path) -> None:

@@ -43,12 +43,7 @@ CASES = {
     "cosa, gmm": ["experiment=cosa_shapes", "method.threshold=gmm", *VIT],
     "cosa, gmm_full": ["experiment=cosa_shapes", "method.threshold=gmm_full", *VIT],
     "cosa, min_error": ["experiment=cosa_shapes", "method.threshold=min_error", *VIT],
-    "cosa_release": [
-        "experiment=cosa_shapes",
-        "method=cosa_release",
-        *VIT,
-        "method.early_cam_scales=[1.0]",
-    ],
+    "cosa_release": ["experiment=cosa_shapes", "method=cosa_release", *VIT],
     "cosa, unia, isl_fsl": [
         "experiment=cosa_shapes",
         "neck=uncertainty",

@@ -10,6 +10,7 @@ import torch
 
 from tests.methods.made import batch, total
 from wsss.callbacks.ema import AssignmentEMA
+from wsss.errors import UserError
 from wsss.methods import CoSA
 from wsss.methods.schedule import warmup_poly
 from wsss.nn import WSSSNetwork
@@ -121,6 +122,56 @@ def test_parts_switch_off() -> None:
     pseudo = plain.label(assigned, plain.update_thresholds(assigned, batch().valid), batch())
     assert pseudo.weight is None
     assert make(csc_weight=0.0).loss_weights()["csc"] == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("raw_alpha", 1.0),
+        ("raw_alpha", 0.0),
+        ("raw_beta", -1.0),
+        ("spl_temperature", 0.0),
+        ("csc_temperature", 0.0),
+        ("early_cam_scales", [1.5]),
+        ("early_cam_scales", "first"),
+        ("early_cam_scales", []),
+    ],
+)
+def test_a_setting_out_of_range_fails_at_once(key: str, value: Any) -> None:
+    """Not after the warm-up, when it would first be used."""
+    with pytest.raises(UserError, match=rf"method\.{key}="):
+        make(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["energy_scale", "energy_sigma_rgb", "energy_sigma_xy"])
+def test_so_does_one_of_the_dense_energy(key: str) -> None:
+    with pytest.raises(ValueError, match="dense energy"):
+        make(**{key: 0.0})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"threshold_queue": 0}, {"threshold_momentum": 1.5}, {"threshold_min": 0.95}]
+)
+@pytest.mark.parametrize("threshold", ["otsu", "gmm3"])
+def test_so_does_one_of_the_threshold(settings: dict[str, float], threshold: str) -> None:
+    with pytest.raises(ValueError, match="threshold"):
+        make(threshold=threshold, raw=False, csc_weight=0.0, **settings)
+
+
+@pytest.mark.parametrize("threshold", ["otsu", "gmm3", 0.45])
+def test_thresholds_are_logged_as_fitted_too(threshold: str | float) -> None:
+    logged: dict[str, float] = {}
+    method = make(threshold=threshold, raw=False, csc_weight=0.0, threshold_momentum=0.5)
+    method.log = lambda name, value, **k: logged.update({name: float(value)})  # type: ignore
+    for _ in range(3):
+        method.step(batch())
+    for cam, estimator in (("cam", method.threshold), ("early_cam", method.early_threshold)):
+        if threshold == 0.45:
+            assert f"threshold/{cam}_raw" not in logged
+            continue
+        raw = estimator.raw[-1] if threshold == "gmm3" else estimator.raw  # type: ignore[index]
+        assert logged[f"threshold/{cam}_raw"] == float(raw)  # type: ignore[arg-type]
+        assert (f"threshold/{cam}_raw_low" in logged) == (threshold == "gmm3")
 
 
 @pytest.mark.parametrize("detach", ["none", "feature", "classifier", "both"])

@@ -66,6 +66,10 @@ def test_sum_fusion_and_the_early_scale_that_survives() -> None:
     assert not torch.allclose(found.early_cam, everything.early_cam)
 
 
+def test_the_last_scale_may_be_named_as_such() -> None:
+    assert make(early_cam_scales="last", cam_scales=(1.0, 0.5)).early_cam_scales == (0.5,)
+
+
 def test_early_scales_must_be_among_the_cams() -> None:
     with pytest.raises(ValueError, match="early_cam_scales"):
         multi_scale(make().assignment, batch().weak, (1.0, 0.5), early_cam_scales=[1.5])

@@ -287,6 +287,11 @@ class TestRefinement:
         assert make(blocks=(0, -1)).network.wanted_attention == (0, 2)
         assert make().network.wanted_attention == (0, 1, 2)
 
+    @pytest.mark.parametrize("key", ["energy_scale", "energy_sigma_rgb", "energy_sigma_xy"])
+    def test_a_dense_energy_that_cannot_be_fails_at_once(self, key: str) -> None:
+        with pytest.raises(ValueError, match="dense energy"):
+            make(**{key: 0.0})
+
     def test_on_a_cnn(self) -> None:
         options = {"channels": [8, 8, 16, 24], "output_stride": 8, "early_block": -2}
         network = WSSSNetwork("resnet10t", len(CLASSES), **options)  # type: ignore[arg-type]

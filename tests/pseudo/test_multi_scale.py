@@ -194,6 +194,13 @@ def test_order_of_scales_does_not_matter() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_scale_named_twice_counts_once() -> None:
+    twice = multi_scale(PatchNetwork(), _images(), (1.0, 0.5, 0.5))
+    once = multi_scale(PatchNetwork(), _images(), (1.0, 0.5))
+    for name in ("cam", "early_cam", "seg_logits"):
+        torch.testing.assert_close(getattr(twice, name), getattr(once, name))
+
+
 def test_batch_of_one_equals_its_part_of_a_batch() -> None:
     network, images = PatchNetwork(), _images(8, 12)
     labels = torch.tensor(LABELS["mixed"], dtype=torch.float32)

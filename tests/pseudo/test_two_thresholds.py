@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,3 +132,11 @@ def test_make_threshold(setting: object, kind: type, value: list[float]) -> None
 def test_unknown_threshold(setting: object) -> None:
     with pytest.raises(ValueError, match="threshold="):
         make_threshold(setting)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("then", "now"), [(0.45, 0.6), ([0.25, 0.7], [0.3, 0.6])])
+def test_a_constant_is_that_of_the_configuration(then: Any, now: Any) -> None:
+    """Also after a checkpoint of another one was read."""
+    mine = make_threshold(now)
+    mine.load_state_dict(make_threshold(then).state_dict())
+    assert torch.equal(mine.update(torch.rand(2)), torch.tensor(now))

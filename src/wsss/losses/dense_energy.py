@@ -220,8 +220,13 @@ def _check(
             f"images of shape {tuple(images.shape)} and valid of shape {tuple(valid.shape)}: a "
             f"label of {tuple(label.shape)} needs {expected} and {tuple(label.shape)}."
         )
+    check_energy(sigma_rgb, sigma_xy, scale)
+
+
+def check_energy(sigma_rgb: float, sigma_xy: float, scale: float) -> None:
+    """For constructors: raise a ValueError unless :func:`dense_energy_loss` takes these."""
     if not (sigma_rgb > 0 and sigma_xy > 0 and 0 < scale <= 1):
         raise ValueError(
-            f"sigma_rgb {sigma_rgb}, sigma_xy {sigma_xy}, scale {scale}: the widths must be above "
-            "0, the scale above 0 and at most 1."
+            f"dense energy's sigma_rgb {sigma_rgb}, sigma_xy {sigma_xy}, scale {scale}: the widths "
+            "must be above 0, the scale above 0 and at most 1."
         )

@@ -245,10 +245,14 @@ class Method(L.LightningModule):
         terms, weights = self.with_addons(self.step(batch))
         total = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         self._check_finite(terms)
-        for name, term in terms.items():
-            self.log(f"loss/{name}", term.detach(), prog_bar=True, batch_size=len(batch.names))
+        # Means over ranks: a term whose count is the global batch's is no loss on one rank alone.
+        logged = dict(self._last_terms)
+        logged["total"] = torch.stack(
+            [weights.get(name, 1.0) * value for name, value in logged.items()]
+        ).sum()
+        for name, value in logged.items():
+            self.log(f"loss/{name}", value, prog_bar=True, batch_size=len(batch.names))
         self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        self.log("loss/total", total.detach(), prog_bar=True, batch_size=len(batch.names))
         return total
 
     def _check_finite(self, terms: Mapping[str, Tensor]) -> None:
@@ -362,6 +366,14 @@ class Method(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._raise_if_not_finite()
+        # A finite loss may have a gradient that is not.
+        parameters = [p.detach() for p in self.network.parameters()]
+        if not bool(torch.stack(torch._foreach_norm(parameters)).isfinite().all()):
+            raise UserError(
+                f"The weights are not finite after step {self.trainer.global_step}. Training "
+                "stops; the last checkpoint written before it is good. Lower method.lr or use "
+                "trainer.precision=32-true."
+            )
         checkpoint[CHECKPOINT_KEY] = {
             "format": CHECKPOINT_FORMAT,
             "version": __version__,

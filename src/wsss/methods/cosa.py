@@ -26,6 +26,7 @@ from wsss.losses import (
     seg2cam_loss,
 )
 from wsss.losses.cam2seg import upsample_log_softmax
+from wsss.losses.dense_energy import check_energy
 from wsss.methods.base import Method
 from wsss.nn import NetworkOutput, WSSSNetwork
 from wsss.pseudo import (
@@ -106,7 +107,7 @@ class CoSA(Method):
         c2s_weight, s2c_weight, csc_weight: weights of the three groups of losses (eq. 11).
         raw: weigh pixels by reliability (eq. 5); False weighs all alike.
         raw_alpha, raw_beta: of the perplexity (eq. 4).
-        balanced: halve CAM2Seg between background and foreground means.
+        balanced: halve CAM2Seg between background and foreground means; eq. 5 as printed, False.
         spl_temperature: tau of the SPL (eq. 7).
         s2c_relu: ReLU on the CAM before Seg2CAM's sigmoid.
         csc_max_perplexity, csc_temperature: epsilon and tau of eq. 9 and 10.
@@ -115,7 +116,8 @@ class CoSA(Method):
             ``noise`` (random masks of the classes present) are the oracles of Fig. 1.
         oracle: allow those two; their scores are no weakly supervised ones.
         fuse: of AN's scales, see :func:`~wsss.pseudo.multi_scale`: ``max``, or ``sum`` (release).
-        early_cam_scales: scales of AN's early CAM, some of ``cam_scales``; None takes all.
+        early_cam_scales: scales of AN's early CAM, some of ``cam_scales``; None takes all, ``last``
+            the last of them (release).
         cpl_softmax: make the CPL by :func:`~wsss.pseudo.softmax_threshold_label` (release).
         energy_weight: of the dense energy loss on ON's segmentation (release); 0 leaves it out.
         energy_scale, energy_sigma_rgb, energy_sigma_xy, energy_factor: its ``scale``, widths and
@@ -123,6 +125,13 @@ class CoSA(Method):
         assignment_init: AN's heads start as a ``copy`` of ON's, or ``independent`` (release).
         freeze_position: do not train the position embedding (release).
         **kwargs: of :class:`~wsss.methods.base.Method`; ``cam_scales`` are AN's scales.
+
+    With gradient accumulation the threshold's queue, RAW's mean and CAM2Seg's balance are those of
+    each micro-batch, not of the whole batch as on several GPUs.
+
+    Raises:
+        UserError: a setting out of its range, an oracle that was not asked for, or two thresholds
+            with parts that need one.
     """
 
     network_names = ("an", "on")
@@ -153,7 +162,7 @@ class CoSA(Method):
         guidance: str = "spl",
         oracle: bool = False,
         fuse: str = "max",
-        early_cam_scales: Sequence[float] | None = None,
+        early_cam_scales: Sequence[float] | str | None = None,
         cpl_softmax: bool = False,
         energy_weight: float = 0.0,
         energy_scale: float = 0.5,
@@ -173,6 +182,24 @@ class CoSA(Method):
         ):
             if value not in choices:
                 raise UserError(f"method.{key}='{value}': choose one of {', '.join(choices)}.")
+        # Most of these would be noticed after the warm-up alone, hours into a run.
+        for key, number, fits, allowed in (
+            ("raw_alpha", raw_alpha, 0 < raw_alpha < 1, "between 0 and 1"),
+            ("raw_beta", raw_beta, raw_beta > 0, "above 0"),
+            ("spl_temperature", spl_temperature, spl_temperature > 0, "above 0"),
+            ("csc_temperature", csc_temperature, csc_temperature > 0, "above 0"),
+        ):
+            if not fits:
+                raise UserError(f"method.{key}={number}: choose a value {allowed}.")
+        check_energy(energy_sigma_rgb, energy_sigma_xy, energy_scale)
+        early = self.cam_scales if early_cam_scales is None else early_cam_scales
+        if isinstance(early, str):
+            early = self.cam_scales[-1:] if early == "last" else ()
+        if not early or not set(early) <= set(self.cam_scales):
+            raise UserError(
+                f"method.early_cam_scales={early_cam_scales}: give some of "
+                f"method.cam_scales={list(self.cam_scales)}, last, or null for all."
+            )
         if guidance in ORACLES and not oracle:
             raise UserError(
                 f"method.guidance='{guidance}' is an oracle, not weak supervision: choose spl or "
@@ -200,7 +227,7 @@ class CoSA(Method):
         self.detach = detach
         self.guidance = guidance
         self.fuse = fuse
-        self.early_cam_scales = early_cam_scales
+        self.early_cam_scales = tuple(early)
         self.cpl_softmax = cpl_softmax
         self.energy_weight = energy_weight
         self.energy_scale = energy_scale
@@ -336,11 +363,19 @@ class CoSA(Method):
         threshold = self.threshold.update(confidence, valid)
         early = self.early_threshold.update(early_confidence, valid)
         for name, value in (("cam", threshold), ("early_cam", early)):
-            if value.dim():
-                self.log(f"threshold/{name}_low", value[0], batch_size=1)
-                value = value[1]
-            self.log(f"threshold/{name}", value, prog_bar=name == "cam", batch_size=1)
+            self._log_threshold(name, value, prog_bar=name == "cam")
+        for name, estimator in (("cam", self.threshold), ("early_cam", self.early_threshold)):
+            raw = getattr(estimator, "raw", None)  # a fixed one has none
+            if raw is not None:
+                # Before bounds and smoothing; NaN where the fit is degenerate.
+                self._log_threshold(f"{name}_raw", raw)
         return Confidences(confidence, threshold, early_confidence, early)
+
+    def _log_threshold(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
+        if value.dim():
+            self.log(f"threshold/{name}_low", value[0], batch_size=1)
+            value = value[1]
+        self.log(f"threshold/{name}", value, prog_bar=prog_bar, batch_size=1)
 
     @torch.no_grad()
     def label(

@@ -14,6 +14,7 @@ from wsss.data.batch import Batch
 from wsss.errors import UserError
 from wsss.losses import cam2seg_loss, dense_energy_loss, token_contrast_loss
 from wsss.losses.cam2seg import upsample_log_softmax
+from wsss.losses.dense_energy import check_energy
 from wsss.methods.activations import own_activations
 from wsss.methods.base import Method
 from wsss.nn import NetworkOutput
@@ -60,7 +61,8 @@ class UniA(Method):
 
     Raises:
         UserError: an unknown refinement, or ``mutual`` without a plain ViT.
-        ValueError: of :class:`~wsss.pseudo.MutualRefinement`.
+        ValueError: of :class:`~wsss.pseudo.MutualRefinement`, or of the dense energy's widths and
+            scale.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class UniA(Method):
         super().__init__(**kwargs)
         if refine not in REFINEMENTS:
             raise UserError(f"method.refine='{refine}': choose one of {', '.join(REFINEMENTS)}.")
+        check_energy(energy_sigma_rgb, energy_sigma_xy, energy_scale)
         if refine == "mutual":
             self.network.want_attention(blocks)
         self.refine = refine

@@ -21,7 +21,8 @@ class MultiScaleOutput(NamedTuple):
         early_cam: (B, C, H, W), the same of the early features.
         seg_logits: (B, C + 1, H, W); None when the decoder was not asked for.
         class_logits: (B, C) of the images as given, not flipped; None without scale 1.
-        single_seg_logits: (B, C + 1, h, w), the same of the segmentation, on the token grid.
+        single_seg_logits: (B, C + 1, h, w), the same of the segmentation, on the token grid; both
+            in the network's precision, all else in float32.
     """
 
     cam: Tensor
@@ -76,7 +77,7 @@ def multi_scale(
             output with a ``refined_cam`` that is taken instead of ``cam``.
         images: (B, 3, H, W) RGB in [0, 1].
         scales: factors of the input size, each rounded to whole pixels, for the segmentation and,
-            unless ``cam_scales`` says otherwise, the CAMs.
+            unless ``cam_scales`` says otherwise, the CAMs; one that is named twice counts once.
         flip: also run the mirrored images.
         fuse: ``"max"`` or ``"sum"``.
         labels: (B, C) 0/1. CAM channels of absent classes become 0; segmentation logits of
@@ -149,7 +150,7 @@ def multi_scale(
                 segmentation = resized.clone() if resized is logits else resized
 
     if segmentation is not None and fuse == "max":
-        segmentation = segmentation.div_(len(scales))
+        segmentation = segmentation.div_(len(set(scales)))
     if segmentation is not None and present is not None:
         segmentation = present.scatter(segmentation, background=True)
     if not cam_scales:

@@ -192,6 +192,9 @@ class HistogramQueue(nn.Module):
     Args:
         queue_length: batches in the queue.
         stride: every ``stride``-th pixel of a (B, H, W) map enters, in both directions.
+
+    Raises:
+        ValueError: a queue without a batch.
     """
 
     ring: Tensor
@@ -199,6 +202,8 @@ class HistogramQueue(nn.Module):
 
     def __init__(self, queue_length: int = 100, stride: int = 1) -> None:
         super().__init__()
+        if queue_length < 1:
+            raise ValueError(f"threshold queue={queue_length}: keep at least one batch.")
         self.queue_length = queue_length
         self.stride = stride
         self.register_buffer("ring", torch.zeros(queue_length, NUM_BINS))
@@ -223,6 +228,12 @@ class HistogramQueue(nn.Module):
         return self.ring.sum(0)
 
 
+def check_momentum(momentum: float) -> None:
+    """Raise a ValueError unless it can smooth a threshold."""
+    if not 0 <= momentum < 1:
+        raise ValueError(f"threshold momentum={momentum}: choose a value from 0 to below 1.")
+
+
 class DynamicThreshold(HistogramQueue):
     """Background threshold that follows the CAMs of the last batches (CoSA, eq. 6).
 
@@ -242,7 +253,8 @@ class DynamicThreshold(HistogramQueue):
         stride: every ``stride``-th pixel of a (B, H, W) map enters, in both directions.
 
     Raises:
-        ValueError: unknown estimator, or bounds that are not 0 < minimum <= maximum < 1.
+        ValueError: unknown estimator, an empty queue, a momentum outside [0, 1), or bounds that
+            are not 0 < minimum <= maximum < 1.
     """
 
     value: Tensor
@@ -267,6 +279,7 @@ class DynamicThreshold(HistogramQueue):
             raise ValueError(
                 f"threshold minimum={minimum}, maximum={maximum}: need 0 < minimum <= maximum < 1."
             )
+        check_momentum(momentum)
         self.minimum = minimum
         self.maximum = maximum
         self.momentum = momentum
@@ -312,17 +325,31 @@ class DynamicThreshold(HistogramQueue):
         return self.value.clone()
 
 
-class FixedThreshold(nn.Module):
-    """A constant threshold behind the interface of :class:`DynamicThreshold`."""
+class Constant(nn.Module):
+    """Numbers that a checkpoint holds and does not change: those of the configuration count."""
 
     value: Tensor
 
-    def __init__(self, threshold: float = 0.45) -> None:
+    def __init__(self, value: Tensor) -> None:
         super().__init__()
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold={threshold}: choose a value between 0 and 1.")
-        self.register_buffer("value", torch.tensor(float(threshold)))
+        self._given = value
+        self.register_buffer("value", value.clone())
+        self.register_load_state_dict_post_hook(Constant._keep)
+
+    @staticmethod
+    def _keep(module: nn.Module, keys: object) -> None:
+        assert isinstance(module, Constant)
+        module.value.copy_(module._given)
 
     def update(self, confidence: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The threshold; the confidences are not looked at."""
+        """The numbers; the confidences are not looked at."""
         return self.value.clone()
+
+
+class FixedThreshold(Constant):
+    """A constant threshold behind the interface of :class:`DynamicThreshold`."""
+
+    def __init__(self, threshold: float = 0.45) -> None:
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold={threshold}: choose a value between 0 and 1.")
+        super().__init__(torch.tensor(float(threshold)))

@@ -8,35 +8,30 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wsss.pseudo.threshold import (
     NUM_BINS,
+    Constant,
     DynamicThreshold,
     FixedThreshold,
     HistogramQueue,
+    check_momentum,
     samples_of,
 )
 
 
-class FixedThresholds(nn.Module):
+class FixedThresholds(Constant):
     """Two constants behind the interface of :class:`MixtureThresholds`.
 
     Raises:
         ValueError: not 0 < low <= high < 1.
     """
 
-    value: Tensor
-
     def __init__(self, low: float, high: float) -> None:
-        super().__init__()
         if not 0 < low <= high < 1:
             raise ValueError(f"threshold=[{low}, {high}]: need 0 < low <= high < 1.")
-        self.register_buffer("value", torch.tensor([float(low), float(high)]))
-
-    def update(self, confidence: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(2,) low and high; the confidences are not looked at."""
-        return self.value.clone()
+        super().__init__(torch.tensor([float(low), float(high)]))
 
 
 class MixtureThresholds(HistogramQueue):
@@ -56,7 +51,8 @@ class MixtureThresholds(HistogramQueue):
         stride: see :class:`HistogramQueue`.
 
     Raises:
-        ValueError: bounds that are not 0 < minimum <= maximum < 1.
+        ValueError: an empty queue, a momentum outside [0, 1), or bounds that are not
+            0 < minimum <= maximum < 1.
     """
 
     value: Tensor
@@ -79,6 +75,7 @@ class MixtureThresholds(HistogramQueue):
             raise ValueError(
                 f"threshold minimum={minimum}, maximum={maximum}: need 0 < minimum <= maximum < 1."
             )
+        check_momentum(momentum)
         self.minimum = minimum
         self.maximum = maximum
         self.momentum = momentum
