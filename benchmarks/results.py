@@ -15,14 +15,16 @@ out, named. A second stage is trained on the pseudo-labels of another row's run 
 
 ``--write`` puts the scores of the runs in ``--out`` into ``benchmarks/results.json`` first, then
 makes the tables from that file: runs of several machines, or of folders that are gone, come
-together there. A run of other settings than its row has now is left out, named. A row of the page
-with more seeds than runs are known stays as it is.
+together there. Each has a hash of its row's settings. A run of other settings than its row has now
+is left out, named. A row of the page of which no run is known stays as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
+import hashlib
 import json
 import re
 import shlex
@@ -66,6 +68,8 @@ BOUND = "supervised"
 COMPARED = ("method", "view", "backbone", "decoder", "neck", "addon", "trainer", "data")
 #: keys that do not: where things lie, and what says the same as another
 IGNORED = ("data.root", "data.masks", "backbone.weights", "data.view.", "data.seed")
+#: what a recorded run has its row's fingerprint under
+SETTINGS = "settings"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -245,7 +249,9 @@ def update_record(path: Path, rows: Sequence[Row], out: Path) -> Runs:
     """All runs that are known: those of the file ``path`` with the ones done in ``out`` added.
 
     A run in ``out`` takes the place of a recorded one of the same name, unless its row has come to
-    mean something else since.
+    mean something else since. It is recorded with the fingerprint of its row, if its configuration
+    is there to compare. Of a run recorded without one, which counts as today's, a folder of other
+    settings tells better.
     """
     runs: Runs = json.loads(path.read_text()) if path.is_file() else {}
     for row in {row.folder(out, 0): row for row in rows}.values():
@@ -256,12 +262,12 @@ def update_record(path: Path, rows: Sequence[Row], out: Path) -> Runs:
             if (run := read_run(folder)) is None:
                 continue
             if changed := changed_settings(row, folder):
-                console.print(
-                    f"left out, trained with {'; '.join(changed)}: {folder.name} "
-                    "(to run it again, move that folder away)"
-                )
+                console.print(f"left out, trained with {'; '.join(changed)}: {folder.name}")
+                if runs.get(folder.name) == run:
+                    runs[folder.name] = run | {SETTINGS: "changed"}
             else:
-                runs[folder.name] = run
+                known = (folder / "config.yaml").is_file()
+                runs[folder.name] = run | ({SETTINGS: fingerprint(row)} if known else {})
     write_atomically(path, (json.dumps(runs, indent=1, sort_keys=True) + "\n").encode())
     return runs
 
@@ -286,23 +292,42 @@ def changed_settings(row: Row, folder: Path) -> list[str]:
     file = folder / "config.yaml"
     if not file.is_file():
         return []
+    then = flat(yaml.safe_load(file.read_text()))
+    return [
+        f"{key}={then[key]}, not {value}"
+        for key, value in compared_settings(row).items()
+        if key in then and then[key] != value
+    ]
+
+
+@functools.cache
+def compared_settings(row: Row) -> dict[str, Any]:
+    """What makes a row's runs what they are, as it is configured today."""
     settings = [re.sub(r"{\w+}", "given", setting) for setting in row.settings]
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = apply_variant(hydra.compose("train", overrides=settings))
     leave_out_foreign_settings(cfg, settings)
-    then = flat(yaml.safe_load(file.read_text()))
-    now = flat(
-        {
-            group: OmegaConf.to_container(cfg[group], resolve=True)
-            for group in COMPARED
-            if cfg[group] is not None  # no add-on, say
-        }
-    )
-    return [
-        f"{key}={then[key]}, not {value}"
-        for key, value in now.items()
-        if key in then and then[key] != value and not key.startswith(IGNORED)
-    ]
+    groups = {
+        group: OmegaConf.to_container(cfg[group], resolve=True)
+        for group in COMPARED
+        if cfg[group] is not None  # no add-on, say
+    }
+    return {key: value for key, value in flat(groups).items() if not key.startswith(IGNORED)}
+
+
+def fingerprint(row: Row) -> str:
+    """Short hash of a row's settings: another one says that the row has changed its meaning.
+
+    A setting that is new changes it too. Whoever knows that it changes no run of before can have
+    them back: without "settings" in the record, or with the run's folder at hand.
+    """
+    text = json.dumps(compared_settings(row), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def is_of_other_settings(run: dict[str, Any], row: Row) -> bool:
+    """Of a recorded run; one of before there were fingerprints is not."""
+    return SETTINGS in run and run[SETTINGS] != fingerprint(row)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -320,8 +345,8 @@ def write_tables(path: Path, rows: Sequence[Row], runs: Runs) -> None:
     """Put every table between its markers in a Markdown file.
 
     The markers are ``<!-- table NAME -->`` and ``<!-- end -->``, each on a line of its own. A row
-    that has more seeds there than runs are known stays as it is, unless --set asks for other runs
-    than those of the page; a new one shows dashes.
+    of which no run is known stays as it is, unless --set asks for other runs than those of the
+    page; a new one shows dashes.
     """
     text = path.read_text()
     for table in dict.fromkeys(row.table for row in rows):
@@ -351,21 +376,25 @@ def read_table(text: str) -> dict[str, dict[str, str]]:
 
 
 def table_text(rows: Sequence[Row], runs: Runs, old: dict[str, dict[str, str]]) -> str:
-    """Markdown table of one table: mean and standard deviation over the seeds that are known."""
+    """Markdown table of one table: mean and standard deviation over the seeds that are known.
+
+    Rows of which no run is known, not even one of other settings, are as in ``old``: nobody can
+    say what settings those had.
+    """
     seeds = sorted({run["seed"] for run in runs.values()})
-    found = {
-        row.name: [run for s in seeds if (run := runs.get(row.folder(Path(), s).name)) is not None]
-        for row in rows
-    }
+    found: dict[str, list[dict[str, Any]]] = {}
     kept: dict[str, dict[str, str]] = {}
     for row in rows:
+        names = [n for s in seeds if (n := row.folder(Path(), s).name) in runs]
+        stale = [n for n in names if is_of_other_settings(runs[n], row)]
+        found[row.name] = [runs[name] for name in names if name not in stale]
+        if stale:
+            console.print(f"{row.table}/{row.name}: recorded of other settings: {', '.join(stale)}")
         cells = old.get(row.name, {})
-        more = len(cells.get("seeds", "").split(",")) > len(found[row.name])
-        if cells and (more or not found[row.name]):
+        if cells and not names:
             kept[row.name] = cells
-            if found[row.name]:
-                console.print(f"{row.table}/{row.name} stays, with seeds {cells['seeds']}")
-            found[row.name] = []
+        elif cells and len(cells.get("seeds", "").split(",")) > len(found[row.name]):
+            console.print(f"{row.table}/{row.name}: gone are the page's seeds {cells.get('seeds')}")
     headings = [
         h
         for h in COLUMNS

@@ -198,7 +198,7 @@ def test_tables(results: ModuleType, tmp_path: Path) -> None:
 
 
 def test_runs_whose_folders_are_gone_stay_in_the_tables(
-    results: ModuleType, tmp_path: Path
+    results: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = results.Row("t", "one", ("experiment=one",))
     bound = results.Row("t", "supervised", ("experiment=bound",))
@@ -216,11 +216,12 @@ def test_runs_whose_folders_are_gone_stay_in_the_tables(
     assert "|  | seg | F | CPL | of supervised | seeds | on | minutes | commit |" in text
     assert "| one | 55.0 ± 7.1 | - | 30.0 ± 0.0 | 69 % | 0, 1 | CPU | 10 ± 0 | abc |" in text
     # A row of which no run is known, as it was.
-    kept = "| supervised | 80.0 ± 1.0 | 20.0 | - | 100 % | 0, 1 | CPU | 3 | - |"
-    assert kept in text
-    # One of which fewer are known, too.
+    assert "| supervised | 80.0 ± 1.0 | 20.0 | - | 100 % | 0, 1 | CPU | 3 | - |" in text
+    # One of which a run is known gives way, though it has more seeds: of what settings?
     made(tmp_path, bound.folder(tmp_path, 0), 0, 70.0)
-    assert kept in written(results, path, [bound, row])
+    text = written(results, path, [bound, row])
+    assert "| supervised | 70.0 | 30.0 | 100 % | 0 | CPU | 10 | abc |" in text
+    assert "t/supervised: gone are the page's seeds 0, 1" in capsys.readouterr().out
     made(tmp_path, bound.folder(tmp_path, 5), 5, 72.0)
     text = written(results, path, [bound, row])
     assert "| supervised | 71.0 ± 1.4 | 30.0 ± 0.0 | 100 % | 0, 5 |" in text
@@ -255,6 +256,51 @@ def test_a_run_of_other_settings_is_left_out(
     record.unlink()
     assert results.update_record(record, [row], tmp_path) == {}
     assert f"trained with view.blur=0.5, not 0.0: {folder.name}" in capsys.readouterr().out
+
+
+def test_a_recorded_run_of_other_settings_is_in_no_table(
+    results: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its folder may be gone, and the page may still have it."""
+    settings = {"view.blur": 0.0}
+    monkeypatch.setattr(results, "compared_settings", lambda row: settings)
+    row = results.Row("t", "one", ("experiment=one",))
+    folder, out = row.folder(tmp_path, 0), tmp_path / "none"
+    made(tmp_path, folder, 0, 50.0)
+    path, record = tmp_path / "R.md", tmp_path / "R.json"
+    path.write_text("<!-- table t -->\n<!-- end -->\n")
+    # Without a configuration to compare there is no telling: it counts.
+    assert results.SETTINGS not in results.update_record(record, [row], tmp_path)[folder.name]
+    (folder / "config.yaml").write_text("view: {blur: 0.0}")
+    runs = results.update_record(record, [row], tmp_path)
+    assert runs[folder.name][results.SETTINGS] == results.fingerprint(row)
+    assert results.update_record(record, [row], out) == runs
+    results.write_tables(path, [row], runs)
+    assert "| one | 50.0 |" in path.read_text()
+    settings["view.blur"] = 0.5
+    results.write_tables(path, [row], results.update_record(record, [row], out))
+    assert "| one | - |" in path.read_text()
+    assert f"t/one: recorded of other settings: {folder.name}" in capsys.readouterr().out
+    settings["view.blur"] = 0.0
+    results.write_tables(path, [row], results.update_record(record, [row], out))
+    assert "| one | 50.0 |" in path.read_text()
+
+
+def test_a_run_recorded_without_settings_is_told_by_its_folder(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "compared_settings", lambda row: {"view.blur": 0.5})
+    row = results.Row("t", "one", ("experiment=one",))
+    record = tmp_path / "R.json"
+    for seed in (0, 1):
+        made(tmp_path, row.folder(tmp_path, seed), seed, 50.0 + seed)
+    results.update_record(record, [row], tmp_path)
+    (row.folder(tmp_path, 1) / "config.yaml").write_text("view: {blur: 0.0}")
+    runs = results.update_record(record, [row], tmp_path)
+    assert "| one | 50.0 | 30.0 | 0 |" in results.table_text([row], runs, {})
 
 
 @pytest.mark.parametrize("wanted", ["+ network", "single stage"])
