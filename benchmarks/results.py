@@ -288,12 +288,20 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def changed_settings(row: Row, folder: Path) -> list[str]:
-    """What a run's configuration says otherwise than its row would today, of keys both have."""
+    """What a run's configuration says otherwise than its row would today, of keys both have.
+
+    And that of the run beside it whose pseudo-labels it was trained on, for a second stage.
+    """
+    changed: list[str] = []
+    if row.labels_of is not None:
+        seed = int(folder.name.rpartition("-seed")[2])
+        first = row.labels_of.folder(folder.parent, seed)
+        changed = [f"labels of {it}" for it in changed_settings(row.labels_of, first)]
     file = folder / "config.yaml"
     if not file.is_file():
-        return []
+        return changed
     then = flat(yaml.safe_load(file.read_text()))
-    return [
+    return changed + [
         f"{key}={then[key]}, not {value}"
         for key, value in compared_settings(row).items()
         if key in then and then[key] != value
@@ -318,10 +326,13 @@ def compared_settings(row: Row) -> dict[str, Any]:
 def fingerprint(row: Row) -> str:
     """Short hash of a row's settings: another one says that the row has changed its meaning.
 
+    Those of the row that a second stage has its pseudo-labels of are among them.
+
     A setting that is new changes it too. Whoever knows that it changes no run of before can have
     them back: without "settings" in the record, or with the run's folder at hand.
     """
-    text = json.dumps(compared_settings(row), sort_keys=True)
+    first = "" if row.labels_of is None else fingerprint(row.labels_of)
+    text = json.dumps([compared_settings(row), first], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -289,6 +289,28 @@ def test_a_recorded_run_of_other_settings_is_in_no_table(
     assert "| one | 50.0 |" in path.read_text()
 
 
+def test_a_second_stage_is_one_of_its_first_stages_settings(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = {"experiment=one": {"view.blur": 0.0}, "experiment=two": {"trainer.max_steps": 9}}
+    monkeypatch.setattr(results, "compared_settings", lambda row: now[row.settings[0]])
+    one = results.Row("t", "one", ("experiment=one",))
+    two = results.Row("t", "two", ("experiment=two",), one)
+    for row, config in ((one, "view: {blur: 0.0}"), (two, "trainer: {max_steps: 9}")):
+        made(tmp_path, row.folder(tmp_path, 3), 3, 50.0)
+        (row.folder(tmp_path, 3) / "config.yaml").write_text(config)
+    folder = two.folder(tmp_path, 3)
+    assert results.changed_settings(two, folder) == []
+    before = results.fingerprint(two)
+    now["experiment=one"] = {"view.blur": 0.5}
+    assert results.changed_settings(two, folder) == ["labels of view.blur=0.0, not 0.5"]
+    assert results.update_record(tmp_path / "R.json", [one, two], tmp_path) == {}
+    assert results.fingerprint(two) != before
+    # Without the first stage's folder there is only its own configuration.
+    shutil.rmtree(one.folder(tmp_path, 3))
+    assert results.changed_settings(two, folder) == []
+
+
 def test_a_run_recorded_without_settings_is_told_by_its_folder(
     results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
