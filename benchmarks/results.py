@@ -8,10 +8,11 @@
 
 Rows are in ``benchmarks/results.yaml``. Each is one ``wsss train`` in a process of its own, with a
 folder and a log in ``--out``; rows of several tables with the same settings run once. A second call
-leaves out what is done and resumes what was cut off. All rows run with the first seed before any
-with the second, so that an early end leaves whole tables. Rows whose data is not given are left
-out, named. A second stage is trained on the pseudo-labels of another row's run of the same seed
-(``labels_of``), which are written first; it waits for that run.
+leaves out what is done and resumes what was cut off; a run of other settings than its row has now
+is moved aside, named, and begins anew. All rows run with the first seed before any with the second,
+so that an early end leaves whole tables. Rows whose data is not given are left out, named. A second
+stage is trained on the pseudo-labels of another row's run of the same seed (``labels_of``), which
+are written first; it waits for that run.
 
 ``--write`` puts the scores of the runs in ``--out`` into ``benchmarks/results.json`` first, then
 makes the tables from that file: runs of several machines, or of folders that are gone, come
@@ -164,6 +165,7 @@ def run_all(
     jobs: int,
 ) -> int:
     """Run what is not done, ``jobs`` at a time; the number of runs that failed."""
+    move_stale(rows, seeds, out)
     waiting: dict[Path, tuple[list[str], Path | None]] = {}
     for seed in seeds:
         for row in rows:
@@ -205,6 +207,32 @@ def run_all(
         console.print("Stopped. The same command goes on here.")
         return 130
     return failed
+
+
+def move_stale(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None:
+    """Move runs of other settings than their rows have now aside, neither to go on nor to count.
+
+    With them, of whatever row, the second stages trained on their pseudo-labels.
+    """
+    stale: dict[Path, list[str]] = {}
+    for row in [*rows, *(row.labels_of for row in rows if row.labels_of is not None)]:
+        for seed in seeds:
+            folder = row.folder(out, seed)
+            if folder not in stale and (changed := changed_settings(row, folder)):
+                stale[folder] = changed
+                for second in out.glob(f"*_on_{folder.name}"):
+                    stale.setdefault(second, [f"labels of {it}" for it in changed])
+    for folder, changed in stale.items():
+        if not folder.is_dir():  # a second stage that has not begun
+            continue
+        aside, number = folder.with_name(f"{folder.name}-old"), 1
+        while aside.exists():
+            number += 1
+            aside = folder.with_name(f"{folder.name}-old{number}")
+        folder.rename(aside)
+        if log_of(folder).is_file():
+            log_of(folder).rename(log_of(aside))
+        console.print(f"now {aside.name}, trained with {'; '.join(changed)}: {folder.name}")
 
 
 def log_of(folder: Path) -> Path:

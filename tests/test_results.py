@@ -141,6 +141,66 @@ def test_second_stage_waits_for_its_first(
     assert "is not done: two_on_bad-seed0" in capsys.readouterr().out
 
 
+def test_runs_of_other_settings_begin_anew(
+    results: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Done or cut off, and with them the second stages on their labels."""
+    monkeypatch.setattr(results, "compared_settings", lambda row: {"view.blur": 0.5})
+    same = results.Row("t", "same", ("experiment=same",))
+    done = results.Row("t", "done", ("experiment=done",))
+    cut = results.Row("t", "cut", ("experiment=cut",))
+    second = results.Row("t", "second", ("experiment=second",), done)
+    for row, blur in ((same, 0.5), (done, 0.0), (second, 0.5), (cut, 0.0)):
+        folder = row.folder(tmp_path, 0)
+        made(tmp_path, folder, 0, 1.0)
+        (folder / "config.yaml").write_text(f"view: {{blur: {blur}}}")
+    (cut.folder(tmp_path, 0) / "scores.json").unlink()
+    (tmp_path / "cut-seed0-old").mkdir()
+    (tmp_path / "cut-seed0.log").write_text("of then")
+    started: list[str] = []
+
+    class Ended:
+        returncode = 0
+
+        def __init__(self, folder: Path, settings: list[str], first: Path | None) -> None:
+            assert not folder.exists()
+            started.append(folder.name)
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(results, "start", Ended)
+    monkeypatch.setattr(results.time, "sleep", lambda seconds: None)
+    # The second stage is not among the rows asked for; its labels are no longer there.
+    assert results.run_all([same, done, cut], [0], {}, tmp_path, 1) == 0
+    assert started == ["done-seed0", "cut-seed0"]
+    assert (tmp_path / "done-seed0-old" / "scores.json").is_file()
+    assert (tmp_path / "second_on_done-seed0-old").is_dir()
+    assert (tmp_path / "cut-seed0-old2" / "environment.json").is_file()
+    assert (tmp_path / "cut-seed0-old2.log").read_text() == "of then"
+    printed = capsys.readouterr().out
+    assert "now cut-seed0-old2, trained with view.blur=0.0, not 0.5: cut-seed0" in printed
+    # What was moved aside is in no table.
+    assert list(results.update_record(tmp_path / "R.json", [done, same], tmp_path)) == [
+        "same-seed0"
+    ]
+
+
+def test_labels_of_other_settings_teach_no_second_stage(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stage is done, and not among the rows asked for."""
+    monkeypatch.setattr(results, "compared_settings", lambda row: {"view.blur": 0.5})
+    first = results.Row("t", "first", ("experiment=first",))
+    made(tmp_path, first.folder(tmp_path, 0), 0, 1.0)
+    (first.folder(tmp_path, 0) / "config.yaml").write_text("view: {blur: 0.0}")
+    second = results.Row("t", "second", ("experiment=second",), first)
+    assert results.run_all([second], [0], {}, tmp_path, 1) == 1
+
+
 def test_command_of_a_second_stage(
     results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
