@@ -17,7 +17,8 @@ are written first; it waits for that run.
 ``--write`` puts the scores of the runs in ``--out`` into ``benchmarks/results.json`` first, then
 makes the tables from that file: runs of several machines, or of folders that are gone, come
 together there. Each has a hash of its row's settings. A run of other settings than its row has now
-is left out, named. A row of the page of which no run is known stays as it is.
+is left out, named. A row of the page of which no run is known stays as it is. Runs with ``--set``
+have a page of their own, which is made where there is none: ``--write longer.md --set ...``.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def main() -> None:
         for row in rows:
             console.print(f"{row.table}/{row.name}: {' '.join(row.settings)}")
     elif arguments.write:
+        page_text(arguments.write, every)  # refused before anything is recorded
         runs = update_record(arguments.record, every, arguments.out)
         write_tables(arguments.write, every, runs)
     else:
@@ -384,10 +386,9 @@ def write_tables(path: Path, rows: Sequence[Row], runs: Runs) -> None:
     """Put every table between its markers in a Markdown file.
 
     The markers are ``<!-- table NAME -->`` and ``<!-- end -->``, each on a line of its own. A row
-    of which no run is known stays as it is, unless --set asks for other runs than those of the
-    page; a new one shows dashes.
+    of which no run is known stays as it is; a new one shows dashes.
     """
-    text = path.read_text()
+    text = page_text(path, rows)
     for table in dict.fromkeys(row.table for row in rows):
         start_mark = f"<!-- table {table} -->\n"
         if start_mark not in text:
@@ -396,9 +397,31 @@ def write_tables(path: Path, rows: Sequence[Row], runs: Runs) -> None:
         head, rest = text.split(start_mark, 1)
         old, tail = rest.split("<!-- end -->", 1)
         own = [row for row in rows if row.table == table]
-        made = table_text(own, runs, {} if own[0].more else read_table(old))
+        made = table_text(own, runs, read_table(old))
         text = f"{head}{start_mark}\n{made}\n<!-- end -->{tail}"
     write_atomically(path, text.encode())
+
+
+def page_text(path: Path, rows: Sequence[Row]) -> str:
+    """A page to write tables into; a new one where there is none.
+
+    Its first line names the settings of --set, if there are any: runs of other settings have no
+    place there, and its figures none beside them.
+    """
+    wanted = " ".join(["--set", *rows[0].more]) if rows[0].more else "no --set"
+    if not path.is_file():
+        tables = dict.fromkeys(row.table for row in rows)
+        own = [f"## {table}\n\n<!-- table {table} -->\n<!-- end -->\n" for table in tables]
+        return "\n".join([f"<!-- {wanted} -->\n"] * bool(rows[0].more) + own)
+    text = path.read_text()
+    mark = re.match(r"<!-- (--set .*) -->\n", text)
+    has = mark[1] if mark else "no --set"
+    if has != wanted:
+        sys.exit(
+            f"{path} is a page of runs with {has}: give those with {wanted} a page of their own "
+            "(--write another.md, which is made if there is none)."
+        )
+    return text
 
 
 def read_table(text: str) -> dict[str, dict[str, str]]:

@@ -285,17 +285,33 @@ def test_runs_whose_folders_are_gone_stay_in_the_tables(
     made(tmp_path, bound.folder(tmp_path, 5), 5, 72.0)
     text = written(results, path, [bound, row])
     assert "| supervised | 71.0 ± 1.4 | 30.0 ± 0.0 | 100 % | 0, 5 |" in text
-    text = text.replace("55.0 ± 7.1", "80.0")
-    # With --set, the figures of the page are of other runs.
-    longer = results.Row("t", "supervised", ("experiment=bound",), more=("trainer.max_steps=9",))
-    other = tmp_path / "other.md"
-    other.write_text(text)
-    results.write_tables(other, [longer], {})
-    assert "80.0" not in other.read_text()
     # A run that was done again replaces the recorded one.
     shutil.rmtree(row.folder(tmp_path, 1))
     made(tmp_path, row.folder(tmp_path, 1), 1, 52.0)
     assert "| one | 51.0 ± 1.4 |" in written(results, path, [bound, row])
+
+
+def test_settings_for_all_runs_have_a_page_of_their_own(
+    results: ModuleType, tmp_path: Path
+) -> None:
+    """Else they erase rows that exist nowhere else."""
+    plain = results.Row("t", "one", ("experiment=one",))
+    longer = results.Row("t", "one", plain.settings, more=("trainer.max_steps=9",))
+    path, other = tmp_path / "R.md", tmp_path / "longer.md"
+    path.write_text("<!-- table t -->\n| | seg |\n| --- | --- |\n| one | 80.0 |\n<!-- end -->\n")
+    before = path.read_text()
+    with pytest.raises(SystemExit, match="a page of their own"):
+        results.write_tables(path, [longer], {})
+    assert path.read_text() == before
+    made(tmp_path, longer.folder(tmp_path, 0), 0, 60.0)
+    text = written(results, other, [longer])
+    assert text.startswith("<!-- --set trainer.max_steps=9 -->\n")
+    assert "| one | 60.0 |" in text
+    assert written(results, other, [longer]) == text
+    for rows in ([plain], [results.Row("t", "one", plain.settings, more=("trainer.max_steps=8",))]):
+        with pytest.raises(SystemExit, match="max_steps=9"):
+            results.write_tables(other, rows, {})
+    assert other.read_text() == text
 
 
 def test_a_run_of_other_settings_is_left_out(
