@@ -73,3 +73,15 @@ def test_labels_are_made_with_the_runs_settings(
     assert {"CAM", "PAR", "P", "P*"} <= set(counts)
     made = labels.refinement(unia, True)
     assert (made.high, made.low, made.walk_steps, made.renormalise) == (0.6, 0.2, 2, True)
+
+
+def test_a_variant_leaves_only_its_weights(scripts: None) -> None:
+    """What else it left would count as the memory of the variant whose turn is next."""
+    step = importlib.import_module("unia_step")
+    arguments = SimpleNamespace(device="cpu", experiment="unia_shapes", classes=3, precision="fp32")
+    made = step.build("base", arguments)
+    batch = step.noise(1, 48, 3, "cpu")
+    weights = sum(4 * p.numel() for p in made.parameters())
+    assert weights <= step.held(made) < 1.1 * weights
+    assert step.run(made, batch, arguments) > 0
+    assert all(p.grad is None for p in made.parameters())
