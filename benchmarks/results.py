@@ -8,21 +8,25 @@
 
 Rows are in ``benchmarks/results.yaml``. Each is one ``wsss train`` in a process of its own, with a
 folder and a log in ``--out``; rows of several tables with the same settings run once. A second call
-leaves out what is done and resumes what was cut off. All rows run with the first seed before any
-with the second, so that an early end leaves whole tables. Rows whose data is not given are left
-out, named. A second stage is trained on the pseudo-labels of another row's run of the same seed
-(``labels_of``), which are written first; it waits for that run.
+leaves out what is done and resumes what was cut off; a run of other settings than its row has now
+is moved aside, named, and begins anew. All rows run with the first seed before any with the second,
+so that an early end leaves whole tables. Rows whose data is not given are left out, named. A second
+stage is trained on the pseudo-labels of another row's run of the same seed (``labels_of``), which
+are written first; it waits for that run.
 
 ``--write`` puts the scores of the runs in ``--out`` into ``benchmarks/results.json`` first, then
 makes the tables from that file: runs of several machines, or of folders that are gone, come
-together there. A run of other settings than its row has now is left out, named. A row of the page
-with more seeds than runs are known stays as it is.
+together there. Each has a hash of its row's settings. A run of other settings than its row has now
+is left out, named. A row of the page of which no run is known stays as it is. Runs with ``--set``
+have a page of their own, which is made where there is none: ``--write longer.md --set ...``.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
+import hashlib
 import json
 import re
 import shlex
@@ -66,6 +70,8 @@ BOUND = "supervised"
 COMPARED = ("method", "view", "backbone", "decoder", "neck", "addon", "trainer", "data")
 #: keys that do not: where things lie, and what says the same as another
 IGNORED = ("data.root", "data.masks", "backbone.weights", "data.view.", "data.seed")
+#: what a recorded run has its row's fingerprint under
+SETTINGS = "settings"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -128,6 +134,7 @@ def main() -> None:
         for row in rows:
             console.print(f"{row.table}/{row.name}: {' '.join(row.settings)}")
     elif arguments.write:
+        page_text(arguments.write, every)  # refused before anything is recorded
         runs = update_record(arguments.record, every, arguments.out)
         write_tables(arguments.write, every, runs)
     else:
@@ -160,6 +167,7 @@ def run_all(
     jobs: int,
 ) -> int:
     """Run what is not done, ``jobs`` at a time; the number of runs that failed."""
+    move_stale(rows, seeds, out)
     waiting: dict[Path, tuple[list[str], Path | None]] = {}
     for seed in seeds:
         for row in rows:
@@ -201,6 +209,32 @@ def run_all(
         console.print("Stopped. The same command goes on here.")
         return 130
     return failed
+
+
+def move_stale(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None:
+    """Move runs of other settings than their rows have now aside, neither to go on nor to count.
+
+    With them, of whatever row, the second stages trained on their pseudo-labels.
+    """
+    stale: dict[Path, list[str]] = {}
+    for row in [*rows, *(row.labels_of for row in rows if row.labels_of is not None)]:
+        for seed in seeds:
+            folder = row.folder(out, seed)
+            if folder not in stale and (changed := changed_settings(row, folder)):
+                stale[folder] = changed
+                for second in out.glob(f"*_on_{folder.name}"):
+                    stale.setdefault(second, [f"labels of {it}" for it in changed])
+    for folder, changed in stale.items():
+        if not folder.is_dir():  # a second stage that has not begun
+            continue
+        aside, number = folder.with_name(f"{folder.name}-old"), 1
+        while aside.exists():
+            number += 1
+            aside = folder.with_name(f"{folder.name}-old{number}")
+        folder.rename(aside)
+        if log_of(folder).is_file():
+            log_of(folder).rename(log_of(aside))
+        console.print(f"now {aside.name}, trained with {'; '.join(changed)}: {folder.name}")
 
 
 def log_of(folder: Path) -> Path:
@@ -245,7 +279,9 @@ def update_record(path: Path, rows: Sequence[Row], out: Path) -> Runs:
     """All runs that are known: those of the file ``path`` with the ones done in ``out`` added.
 
     A run in ``out`` takes the place of a recorded one of the same name, unless its row has come to
-    mean something else since.
+    mean something else since. It is recorded with the fingerprint of its row, if its configuration
+    is there to compare. Of a run recorded without one, which counts as today's, a folder of other
+    settings tells better.
     """
     runs: Runs = json.loads(path.read_text()) if path.is_file() else {}
     for row in {row.folder(out, 0): row for row in rows}.values():
@@ -256,12 +292,12 @@ def update_record(path: Path, rows: Sequence[Row], out: Path) -> Runs:
             if (run := read_run(folder)) is None:
                 continue
             if changed := changed_settings(row, folder):
-                console.print(
-                    f"left out, trained with {'; '.join(changed)}: {folder.name} "
-                    "(to run it again, move that folder away)"
-                )
+                console.print(f"left out, trained with {'; '.join(changed)}: {folder.name}")
+                if runs.get(folder.name) == run:
+                    runs[folder.name] = run | {SETTINGS: "changed"}
             else:
-                runs[folder.name] = run
+                known = (folder / "config.yaml").is_file()
+                runs[folder.name] = run | ({SETTINGS: fingerprint(row)} if known else {})
     write_atomically(path, (json.dumps(runs, indent=1, sort_keys=True) + "\n").encode())
     return runs
 
@@ -282,27 +318,57 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def changed_settings(row: Row, folder: Path) -> list[str]:
-    """What a run's configuration says otherwise than its row would today, of keys both have."""
+    """What a run's configuration says otherwise than its row would today, of keys both have.
+
+    And that of the run beside it whose pseudo-labels it was trained on, for a second stage.
+    """
+    changed: list[str] = []
+    if row.labels_of is not None:
+        seed = int(folder.name.rpartition("-seed")[2])
+        first = row.labels_of.folder(folder.parent, seed)
+        changed = [f"labels of {it}" for it in changed_settings(row.labels_of, first)]
     file = folder / "config.yaml"
     if not file.is_file():
-        return []
+        return changed
+    then = flat(yaml.safe_load(file.read_text()))
+    return changed + [
+        f"{key}={then[key]}, not {value}"
+        for key, value in compared_settings(row).items()
+        if key in then and then[key] != value
+    ]
+
+
+@functools.cache
+def compared_settings(row: Row) -> dict[str, Any]:
+    """What makes a row's runs what they are, as it is configured today."""
     settings = [re.sub(r"{\w+}", "given", setting) for setting in row.settings]
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = apply_variant(hydra.compose("train", overrides=settings))
     leave_out_foreign_settings(cfg, settings)
-    then = flat(yaml.safe_load(file.read_text()))
-    now = flat(
-        {
-            group: OmegaConf.to_container(cfg[group], resolve=True)
-            for group in COMPARED
-            if cfg[group] is not None  # no add-on, say
-        }
-    )
-    return [
-        f"{key}={then[key]}, not {value}"
-        for key, value in now.items()
-        if key in then and then[key] != value and not key.startswith(IGNORED)
-    ]
+    groups = {
+        group: OmegaConf.to_container(cfg[group], resolve=True)
+        for group in COMPARED
+        if cfg[group] is not None  # no add-on, say
+    }
+    return {key: value for key, value in flat(groups).items() if not key.startswith(IGNORED)}
+
+
+def fingerprint(row: Row) -> str:
+    """Short hash of a row's settings: another one says that the row has changed its meaning.
+
+    Those of the row that a second stage has its pseudo-labels of are among them.
+
+    A setting that is new changes it too. Whoever knows that it changes no run of before can have
+    them back: without "settings" in the record, or with the run's folder at hand.
+    """
+    first = "" if row.labels_of is None else fingerprint(row.labels_of)
+    text = json.dumps([compared_settings(row), first], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def is_of_other_settings(run: dict[str, Any], row: Row) -> bool:
+    """Of a recorded run; one of before there were fingerprints is not."""
+    return SETTINGS in run and run[SETTINGS] != fingerprint(row)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -320,10 +386,9 @@ def write_tables(path: Path, rows: Sequence[Row], runs: Runs) -> None:
     """Put every table between its markers in a Markdown file.
 
     The markers are ``<!-- table NAME -->`` and ``<!-- end -->``, each on a line of its own. A row
-    that has more seeds there than runs are known stays as it is, unless --set asks for other runs
-    than those of the page; a new one shows dashes.
+    of which no run is known stays as it is; a new one shows dashes.
     """
-    text = path.read_text()
+    text = page_text(path, rows)
     for table in dict.fromkeys(row.table for row in rows):
         start_mark = f"<!-- table {table} -->\n"
         if start_mark not in text:
@@ -332,9 +397,31 @@ def write_tables(path: Path, rows: Sequence[Row], runs: Runs) -> None:
         head, rest = text.split(start_mark, 1)
         old, tail = rest.split("<!-- end -->", 1)
         own = [row for row in rows if row.table == table]
-        made = table_text(own, runs, {} if own[0].more else read_table(old))
+        made = table_text(own, runs, read_table(old))
         text = f"{head}{start_mark}\n{made}\n<!-- end -->{tail}"
     write_atomically(path, text.encode())
+
+
+def page_text(path: Path, rows: Sequence[Row]) -> str:
+    """A page to write tables into; a new one where there is none.
+
+    Its first line names the settings of --set, if there are any: runs of other settings have no
+    place there, and its figures none beside them.
+    """
+    wanted = " ".join(["--set", *rows[0].more]) if rows[0].more else "no --set"
+    if not path.is_file():
+        tables = dict.fromkeys(row.table for row in rows)
+        own = [f"## {table}\n\n<!-- table {table} -->\n<!-- end -->\n" for table in tables]
+        return "\n".join([f"<!-- {wanted} -->\n"] * bool(rows[0].more) + own)
+    text = path.read_text()
+    mark = re.match(r"<!-- (--set .*) -->\n", text)
+    has = mark[1] if mark else "no --set"
+    if has != wanted:
+        sys.exit(
+            f"{path} is a page of runs with {has}: give those with {wanted} a page of their own "
+            "(--write another.md, which is made if there is none)."
+        )
+    return text
 
 
 def read_table(text: str) -> dict[str, dict[str, str]]:
@@ -351,21 +438,25 @@ def read_table(text: str) -> dict[str, dict[str, str]]:
 
 
 def table_text(rows: Sequence[Row], runs: Runs, old: dict[str, dict[str, str]]) -> str:
-    """Markdown table of one table: mean and standard deviation over the seeds that are known."""
+    """Markdown table of one table: mean and standard deviation over the seeds that are known.
+
+    Rows of which no run is known, not even one of other settings, are as in ``old``: nobody can
+    say what settings those had.
+    """
     seeds = sorted({run["seed"] for run in runs.values()})
-    found = {
-        row.name: [run for s in seeds if (run := runs.get(row.folder(Path(), s).name)) is not None]
-        for row in rows
-    }
+    found: dict[str, list[dict[str, Any]]] = {}
     kept: dict[str, dict[str, str]] = {}
     for row in rows:
+        names = [n for s in seeds if (n := row.folder(Path(), s).name) in runs]
+        stale = [n for n in names if is_of_other_settings(runs[n], row)]
+        found[row.name] = [runs[name] for name in names if name not in stale]
+        if stale:
+            console.print(f"{row.table}/{row.name}: recorded of other settings: {', '.join(stale)}")
         cells = old.get(row.name, {})
-        more = len(cells.get("seeds", "").split(",")) > len(found[row.name])
-        if cells and (more or not found[row.name]):
+        if cells and not names:
             kept[row.name] = cells
-            if found[row.name]:
-                console.print(f"{row.table}/{row.name} stays, with seeds {cells['seeds']}")
-            found[row.name] = []
+        elif cells and len(cells.get("seeds", "").split(",")) > len(found[row.name]):
+            console.print(f"{row.table}/{row.name}: gone are the page's seeds {cells.get('seeds')}")
     headings = [
         h
         for h in COLUMNS

@@ -5,10 +5,11 @@
 
 Labels are made of the CAMs of a checkpoint (of any method on a plain ViT), without augmentation,
 for validation images with masks: the CAM itself with its two thresholds, after PAR, and UniA's P1,
-P2, P3 and P, as printed and (with a star) renormalised. The table has precision and recall of the
-foreground, as a mean over the classes that occur and over all pixels, and those of the background.
-A tag without a pixel is a class that an image holds and that its label does not have: it needs no
-mask to be seen.
+P2, P3 and P, as printed and (with a star) renormalised. Blocks, thresholds and random walk are the
+run's, where it has any, else the published ones; the title names them. The table has precision and
+recall of the foreground, as a mean over the classes that occur and over all pixels, and those of
+the background. A tag without a pixel is a class that an image holds and that its label does not
+have: it needs no mask to be seen.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, s
 from wsss.data.batch import to_unit_range
 from wsss.data.datamodule import WSSSDataModule
 from wsss.inference import Inference
+from wsss.methods import UniA
+from wsss.methods.base import Method
+from wsss.nn.attention import Blocks
 from wsss.pseudo import MutualRefinement, two_threshold_label
 from wsss.pseudo.labels import IGNORE_INDEX
-from wsss.report.unia import affinity_of
+from wsss.report.unia import affinity_of, refinement_of
 from wsss.resize import nearest
 
 
@@ -100,7 +104,8 @@ def main() -> None:
     data.setup("validate")
     counts = count(inference, data, arguments.cam == "early", arguments.images)
     table = Table(
-        title=f"step {content['global_step']}, {inference.network_name}, {arguments.cam} CAM",
+        title=f"step {content['global_step']}, {inference.network_name}, {arguments.cam} CAM; "
+        + settings_text(inference.method),
         title_justify="left",
     )
     table.add_column("label")
@@ -111,12 +116,39 @@ def main() -> None:
     Console().print(table)
 
 
+def blocks_of(method: Method) -> Blocks:
+    """Whose attention is the run's affinity; all where it has none."""
+    return method.network.kept_blocks or "all"
+
+
+def refinement(method: Method, renormalise: bool) -> MutualRefinement:
+    """With the run's thresholds and random walk, or the published ones where it has none."""
+    # UniA has them even where it refines by PAR alone.
+    own = method.refinement if isinstance(method, UniA) else refinement_of(method)
+    if own is None:
+        return MutualRefinement(renormalise=renormalise)
+    return MutualRefinement(
+        own.high, own.low, own.walk_power, own.walk_steps, renormalise, own.par_scale
+    )
+
+
+def settings_text(method: Method) -> str:
+    """What the labels are made with."""
+    made, blocks = refinement(method, False), blocks_of(method)
+    named = blocks if isinstance(blocks, str) else ", ".join(str(b) for b in blocks)
+    return (
+        f"blocks {named}, thresholds {made.low} and {made.high}, walk of power {made.walk_power} "
+        f"and {made.walk_steps} steps, PAR at scale {made.par_scale}"
+    )
+
+
 def count(
     inference: Inference, data: WSSSDataModule, early: bool, images: int
 ) -> dict[str, Counts]:
     """All labels of the first validation images."""
     counts: dict[str, Counts] = defaultdict(lambda: Counts(len(inference.classes)))
-    printed, stretched = MutualRefinement(), MutualRefinement(renormalise=True)
+    method = inference.method
+    printed, stretched = refinement(method, False), refinement(method, True)
     seen = 0
     total = -(-images // data.eval_batch_size)
     for batch in track(
@@ -126,11 +158,11 @@ def count(
         tags = batch.labels.to(inference.device)
         made = inference(pixels, segmentation=False, labels=tags)
         cam = made.early_cam if early else made.cam
-        affinity, grid = affinity_of(inference.network, pixels)
+        affinity, grid = affinity_of(inference.network, pixels, blocks_of(method))
         labels = {"CAM": two_threshold_label(cam, printed.low, printed.high)}
-        for refinement, name in ((printed, ""), (stretched, "*")):
-            labels[f"PAR{name}"] = refinement.label(cam, pixels, tags)
-            mutual = refinement(cam, affinity, grid, pixels, tags)
+        for refine, name in ((printed, ""), (stretched, "*")):
+            labels[f"PAR{name}"] = refine.label(cam, pixels, tags)
+            mutual = refine(cam, affinity, grid, pixels, tags)
             for part, label in zip(("P1", "P2", "P3", "P"), mutual, strict=True):
                 labels[f"{part}{name}"] = label
         labels.pop("P1*")  # nothing is averaged there

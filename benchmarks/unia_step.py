@@ -8,7 +8,8 @@ Whole steps but for data and optimizer, after the warm-up: CAMs of all scales, l
 losses, backward. The recipe without UniA's parts (``neck=none addon=none method.refine=par``), then
 each part on top of the one before. The variants take turns, so that a busy machine is busy for all;
 medians of the steps. Images are noise, labels two classes an image: no data set is needed, and all
-variants see the same. Memory is the allocator's peak on a GPU; on a CPU it is not measured.
+variants see the same. Memory is the allocator's peak on a GPU, with the variant's own weights and
+gradients and without those of the others, which wait there; on a CPU it is not measured.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from wsss.build import build_method, build_network
 from wsss.cli import config_dir
 from wsss.data.batch import Batch
 from wsss.methods import UniA
+from wsss.methods.base import Method
 from wsss.train import apply_variant
 
 #: variants of sweep=unia_ablation, each with what it adds
@@ -72,7 +74,9 @@ def main() -> None:
             if step:
                 times[name].append(seconds)
             if arguments.device == "cuda":
-                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() / 2**20)
+                others = sum(held(other) for other in methods.values()) - held(method)
+                peak = (torch.cuda.max_memory_allocated() - others) / 2**20
+                peaks[name] = max(peaks[name], peak)
     report(times, peaks, arguments)
 
 
@@ -93,8 +97,7 @@ def build(variant: str, arguments: argparse.Namespace) -> UniA:
 
 
 def run(method: UniA, batch: Batch, arguments: argparse.Namespace) -> float:
-    """Seconds of one step, forward and backward."""
-    method.zero_grad()
+    """Seconds of one step, forward and backward; its gradients are gone afterwards."""
     synchronize(arguments.device)
     start = time.perf_counter()
     low = arguments.precision == "bf16"
@@ -102,7 +105,15 @@ def run(method: UniA, batch: Batch, arguments: argparse.Namespace) -> float:
         terms, weights = method.with_addons(method.step(batch))
     torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum().backward()
     synchronize(arguments.device)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    method.zero_grad(set_to_none=True)  # or they count as the next variant's memory
+    return seconds
+
+
+def held(method: Method) -> int:
+    """Bytes of a method between its steps: weights and buffers."""
+    kept = {t.data_ptr(): t for t in (*method.parameters(), *method.buffers())}
+    return sum(t.numel() * t.element_size() for t in kept.values())
 
 
 def report(

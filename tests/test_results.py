@@ -141,6 +141,66 @@ def test_second_stage_waits_for_its_first(
     assert "is not done: two_on_bad-seed0" in capsys.readouterr().out
 
 
+def test_runs_of_other_settings_begin_anew(
+    results: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Done or cut off, and with them the second stages on their labels."""
+    monkeypatch.setattr(results, "compared_settings", lambda row: {"view.blur": 0.5})
+    same = results.Row("t", "same", ("experiment=same",))
+    done = results.Row("t", "done", ("experiment=done",))
+    cut = results.Row("t", "cut", ("experiment=cut",))
+    second = results.Row("t", "second", ("experiment=second",), done)
+    for row, blur in ((same, 0.5), (done, 0.0), (second, 0.5), (cut, 0.0)):
+        folder = row.folder(tmp_path, 0)
+        made(tmp_path, folder, 0, 1.0)
+        (folder / "config.yaml").write_text(f"view: {{blur: {blur}}}")
+    (cut.folder(tmp_path, 0) / "scores.json").unlink()
+    (tmp_path / "cut-seed0-old").mkdir()
+    (tmp_path / "cut-seed0.log").write_text("of then")
+    started: list[str] = []
+
+    class Ended:
+        returncode = 0
+
+        def __init__(self, folder: Path, settings: list[str], first: Path | None) -> None:
+            assert not folder.exists()
+            started.append(folder.name)
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(results, "start", Ended)
+    monkeypatch.setattr(results.time, "sleep", lambda seconds: None)
+    # The second stage is not among the rows asked for; its labels are no longer there.
+    assert results.run_all([same, done, cut], [0], {}, tmp_path, 1) == 0
+    assert started == ["done-seed0", "cut-seed0"]
+    assert (tmp_path / "done-seed0-old" / "scores.json").is_file()
+    assert (tmp_path / "second_on_done-seed0-old").is_dir()
+    assert (tmp_path / "cut-seed0-old2" / "environment.json").is_file()
+    assert (tmp_path / "cut-seed0-old2.log").read_text() == "of then"
+    printed = capsys.readouterr().out
+    assert "now cut-seed0-old2, trained with view.blur=0.0, not 0.5: cut-seed0" in printed
+    # What was moved aside is in no table.
+    assert list(results.update_record(tmp_path / "R.json", [done, same], tmp_path)) == [
+        "same-seed0"
+    ]
+
+
+def test_labels_of_other_settings_teach_no_second_stage(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stage is done, and not among the rows asked for."""
+    monkeypatch.setattr(results, "compared_settings", lambda row: {"view.blur": 0.5})
+    first = results.Row("t", "first", ("experiment=first",))
+    made(tmp_path, first.folder(tmp_path, 0), 0, 1.0)
+    (first.folder(tmp_path, 0) / "config.yaml").write_text("view: {blur: 0.0}")
+    second = results.Row("t", "second", ("experiment=second",), first)
+    assert results.run_all([second], [0], {}, tmp_path, 1) == 1
+
+
 def test_command_of_a_second_stage(
     results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +258,7 @@ def test_tables(results: ModuleType, tmp_path: Path) -> None:
 
 
 def test_runs_whose_folders_are_gone_stay_in_the_tables(
-    results: ModuleType, tmp_path: Path
+    results: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = results.Row("t", "one", ("experiment=one",))
     bound = results.Row("t", "supervised", ("experiment=bound",))
@@ -216,25 +276,42 @@ def test_runs_whose_folders_are_gone_stay_in_the_tables(
     assert "|  | seg | F | CPL | of supervised | seeds | on | minutes | commit |" in text
     assert "| one | 55.0 ± 7.1 | - | 30.0 ± 0.0 | 69 % | 0, 1 | CPU | 10 ± 0 | abc |" in text
     # A row of which no run is known, as it was.
-    kept = "| supervised | 80.0 ± 1.0 | 20.0 | - | 100 % | 0, 1 | CPU | 3 | - |"
-    assert kept in text
-    # One of which fewer are known, too.
+    assert "| supervised | 80.0 ± 1.0 | 20.0 | - | 100 % | 0, 1 | CPU | 3 | - |" in text
+    # One of which a run is known gives way, though it has more seeds: of what settings?
     made(tmp_path, bound.folder(tmp_path, 0), 0, 70.0)
-    assert kept in written(results, path, [bound, row])
+    text = written(results, path, [bound, row])
+    assert "| supervised | 70.0 | 30.0 | 100 % | 0 | CPU | 10 | abc |" in text
+    assert "t/supervised: gone are the page's seeds 0, 1" in capsys.readouterr().out
     made(tmp_path, bound.folder(tmp_path, 5), 5, 72.0)
     text = written(results, path, [bound, row])
     assert "| supervised | 71.0 ± 1.4 | 30.0 ± 0.0 | 100 % | 0, 5 |" in text
-    text = text.replace("55.0 ± 7.1", "80.0")
-    # With --set, the figures of the page are of other runs.
-    longer = results.Row("t", "supervised", ("experiment=bound",), more=("trainer.max_steps=9",))
-    other = tmp_path / "other.md"
-    other.write_text(text)
-    results.write_tables(other, [longer], {})
-    assert "80.0" not in other.read_text()
     # A run that was done again replaces the recorded one.
     shutil.rmtree(row.folder(tmp_path, 1))
     made(tmp_path, row.folder(tmp_path, 1), 1, 52.0)
     assert "| one | 51.0 ± 1.4 |" in written(results, path, [bound, row])
+
+
+def test_settings_for_all_runs_have_a_page_of_their_own(
+    results: ModuleType, tmp_path: Path
+) -> None:
+    """Else they erase rows that exist nowhere else."""
+    plain = results.Row("t", "one", ("experiment=one",))
+    longer = results.Row("t", "one", plain.settings, more=("trainer.max_steps=9",))
+    path, other = tmp_path / "R.md", tmp_path / "longer.md"
+    path.write_text("<!-- table t -->\n| | seg |\n| --- | --- |\n| one | 80.0 |\n<!-- end -->\n")
+    before = path.read_text()
+    with pytest.raises(SystemExit, match="a page of their own"):
+        results.write_tables(path, [longer], {})
+    assert path.read_text() == before
+    made(tmp_path, longer.folder(tmp_path, 0), 0, 60.0)
+    text = written(results, other, [longer])
+    assert text.startswith("<!-- --set trainer.max_steps=9 -->\n")
+    assert "| one | 60.0 |" in text
+    assert written(results, other, [longer]) == text
+    for rows in ([plain], [results.Row("t", "one", plain.settings, more=("trainer.max_steps=8",))]):
+        with pytest.raises(SystemExit, match="max_steps=9"):
+            results.write_tables(other, rows, {})
+    assert other.read_text() == text
 
 
 def test_a_run_of_other_settings_is_left_out(
@@ -255,6 +332,73 @@ def test_a_run_of_other_settings_is_left_out(
     record.unlink()
     assert results.update_record(record, [row], tmp_path) == {}
     assert f"trained with view.blur=0.5, not 0.0: {folder.name}" in capsys.readouterr().out
+
+
+def test_a_recorded_run_of_other_settings_is_in_no_table(
+    results: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its folder may be gone, and the page may still have it."""
+    settings = {"view.blur": 0.0}
+    monkeypatch.setattr(results, "compared_settings", lambda row: settings)
+    row = results.Row("t", "one", ("experiment=one",))
+    folder, out = row.folder(tmp_path, 0), tmp_path / "none"
+    made(tmp_path, folder, 0, 50.0)
+    path, record = tmp_path / "R.md", tmp_path / "R.json"
+    path.write_text("<!-- table t -->\n<!-- end -->\n")
+    # Without a configuration to compare there is no telling: it counts.
+    assert results.SETTINGS not in results.update_record(record, [row], tmp_path)[folder.name]
+    (folder / "config.yaml").write_text("view: {blur: 0.0}")
+    runs = results.update_record(record, [row], tmp_path)
+    assert runs[folder.name][results.SETTINGS] == results.fingerprint(row)
+    assert results.update_record(record, [row], out) == runs
+    results.write_tables(path, [row], runs)
+    assert "| one | 50.0 |" in path.read_text()
+    settings["view.blur"] = 0.5
+    results.write_tables(path, [row], results.update_record(record, [row], out))
+    assert "| one | - |" in path.read_text()
+    assert f"t/one: recorded of other settings: {folder.name}" in capsys.readouterr().out
+    settings["view.blur"] = 0.0
+    results.write_tables(path, [row], results.update_record(record, [row], out))
+    assert "| one | 50.0 |" in path.read_text()
+
+
+def test_a_second_stage_is_one_of_its_first_stages_settings(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = {"experiment=one": {"view.blur": 0.0}, "experiment=two": {"trainer.max_steps": 9}}
+    monkeypatch.setattr(results, "compared_settings", lambda row: now[row.settings[0]])
+    one = results.Row("t", "one", ("experiment=one",))
+    two = results.Row("t", "two", ("experiment=two",), one)
+    for row, config in ((one, "view: {blur: 0.0}"), (two, "trainer: {max_steps: 9}")):
+        made(tmp_path, row.folder(tmp_path, 3), 3, 50.0)
+        (row.folder(tmp_path, 3) / "config.yaml").write_text(config)
+    folder = two.folder(tmp_path, 3)
+    assert results.changed_settings(two, folder) == []
+    before = results.fingerprint(two)
+    now["experiment=one"] = {"view.blur": 0.5}
+    assert results.changed_settings(two, folder) == ["labels of view.blur=0.0, not 0.5"]
+    assert results.update_record(tmp_path / "R.json", [one, two], tmp_path) == {}
+    assert results.fingerprint(two) != before
+    # Without the first stage's folder there is only its own configuration.
+    shutil.rmtree(one.folder(tmp_path, 3))
+    assert results.changed_settings(two, folder) == []
+
+
+def test_a_run_recorded_without_settings_is_told_by_its_folder(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "compared_settings", lambda row: {"view.blur": 0.5})
+    row = results.Row("t", "one", ("experiment=one",))
+    record = tmp_path / "R.json"
+    for seed in (0, 1):
+        made(tmp_path, row.folder(tmp_path, seed), seed, 50.0 + seed)
+    results.update_record(record, [row], tmp_path)
+    (row.folder(tmp_path, 1) / "config.yaml").write_text("view: {blur: 0.0}")
+    runs = results.update_record(record, [row], tmp_path)
+    assert "| one | 50.0 | 30.0 | 0 |" in results.table_text([row], runs, {})
 
 
 @pytest.mark.parametrize("wanted", ["+ network", "single stage"])
