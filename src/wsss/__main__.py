@@ -6,6 +6,7 @@ import runpy
 import sys
 
 from wsss import __version__
+from wsss.cli import check_overrides, hydra_command
 
 COMMANDS = {
     "prepare": "check a data set, build what is missing, count what it holds",
@@ -17,6 +18,21 @@ COMMANDS = {
     "analyse": "figures of a run's CAM pseudo-labels and thresholds",
     "import_checkpoint": "another program's checkpoint into one of ours",
 }
+
+
+#: what Hydra answers from the configuration alone
+QUESTIONS = ("-h", "--help", "--hydra-help", "--info", "-i", "--cfg", "-c")
+
+
+def answer_at_once(command: str, arguments: list[str]) -> None:
+    """Help, the composed configuration and mistyped keys, before torch is imported for seconds."""
+    if arguments and not arguments[0].startswith("-") and "=" not in arguments[0]:
+        return  # a command of its own below this one
+    if any(argument.split("=")[0] in QUESTIONS for argument in arguments):
+        hydra_command(command, lambda cfg: None)
+        raise SystemExit(0)
+    if command != "predict":  # which first quotes its paths
+        check_overrides(command, arguments)
 
 
 def main() -> None:
@@ -35,6 +51,7 @@ def main() -> None:
         print(f"error: no command '{arguments[0]}'. Choose {', '.join(COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
     sys.argv = [f"wsss {arguments[0]}", *arguments[1:]]
+    answer_at_once(arguments[0], arguments[1:])
     runpy.run_module(f"wsss.{arguments[0]}", run_name="__main__", alter_sys=False)
 
 

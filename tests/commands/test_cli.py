@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,6 +169,31 @@ def test_mistakes_end_with_code_2_and_no_traceback(run: Run, tmp_path: Path) -> 
     done = run("train", "experiment=cosa_voc", code=2)
     assert "data.root is not set" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["train", "--help"], 0),
+        (["predict", "--help"], 0),
+        (["train", "experiment=cosa_voc", "--cfg", "job"], 0),
+        (["train", "experiment=cosa_vok"], 2),
+        (["evaluate", "chekpoint=x"], 2),
+    ],
+)
+def test_questions_and_typos_are_answered_without_torch(arguments: list[str], code: int) -> None:
+    """Whose import takes seconds."""
+    script = f"""
+import sys
+from wsss.__main__ import main
+sys.argv = ["wsss", *{arguments}]
+try:
+    main()
+except SystemExit as end:
+    print("code", end.code, "torch" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.stdout.endswith(f"code {code} False\n"), ended
 
 
 def test_help_lists_the_commands(run: Run) -> None:
