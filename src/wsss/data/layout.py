@@ -376,6 +376,10 @@ class Split:
         """(H, W, 3) uint8 RGB of image ``index``. See :func:`read_rgb` for what it raises."""
         return read_rgb(self.root / self._images[index], exif=self._exif)
 
+    def has_mask(self, index: int) -> bool:
+        """Whether image ``index`` has a mask; nothing says that it can be read."""
+        return self._masks[index] is not None
+
     def load_mask(self, index: int) -> NDArray[np.uint8]:
         """(H, W) uint8 with 0..C and 255. See :func:`read_mask` for what it raises."""
         path = self._masks[index]
