@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from wsss.data.datamodule import WSSSDataModule
+from wsss.data.given_masks import Likeness
 from wsss.data.images import VOID, DatasetError, read_mask, summary
 from wsss.errors import UserError
 from wsss.files import write_atomically
@@ -27,6 +28,7 @@ class _Found:
 
     scored: int = 0
     identical: int = 0
+    likeness: Likeness = field(default_factory=Likeness)
     undecided: int = 0
     pixels: int = 0
     problems: list[str] = field(default_factory=list)
@@ -39,7 +41,8 @@ def score_masks(
 
     A pixel that a mask leaves undecided (255) counts as background: nothing is left out of the
     score but what is void in the truth. The share of undecided pixels is printed and written.
-    Masks that all equal the truth bring a warning: what is trained on them is fully supervised.
+    Masks that are the truth but for a few pixels bring a warning: what is trained on them is fully
+    supervised.
 
     Args:
         folder: palette or grey PNGs of class numbers, each of its image's size.
@@ -87,6 +90,7 @@ def score_masks(
         found.scored += 1
         # Where the truth is void no score looks, and copies of it differ in what stands there.
         found.identical += bool((mask == truth)[truth != VOID].all())
+        found.likeness.add(mask, truth)
         found.undecided += int((mask == VOID).sum())
         found.pixels += mask.size
         prediction = torch.from_numpy(mask).long()
@@ -98,10 +102,10 @@ def score_masks(
     if found.problems and (data.on_error == "raise" or not found.scored):
         raise _unusable(folder, found.problems, len(paths))
     result = _tell(folder, data.val_split, output_dir, scores, contours, found)
-    if found.identical == found.scored:  # the last that is said, so that nobody misses it
+    if found.likeness.is_truth:  # the last that is said, so that nobody misses it
         warnings.warn(
-            f"THESE MASKS ARE THE GROUND TRUTH: all {found.scored} of masks='{folder}' equal the "
-            "data set's own. A network trained on them is fully supervised; this score says "
+            f"THESE MASKS ARE THE GROUND TRUTH: masks='{folder}' and the data set's own are "
+            f"{found.likeness}. A network trained on them is fully supervised; this score says "
             "nothing.",
             stacklevel=2,
         )

@@ -52,8 +52,8 @@ class Predictions:
         output_dir: where the files are.
         predicted: images predicted now.
         kept: images whose results were there, made from the same file in the same way.
-        others: results that were there but were made from another file or in another way, and
-            were left as they are.
+        others: files that have the name of a result, but are of another image, made in another
+            way, or nobody knows whose; they were left as they are. One for each image.
         problems: images that could not be predicted, and why.
         shares: parts of the images that hold it, by class name; of predicted and kept images.
     """
@@ -308,14 +308,21 @@ def _read_ahead(
 def _without_results(
     jobs: Iterable[Job], settings: dict[str, Any], done: Predictions
 ) -> Iterator[Job]:
-    """The jobs that have no results; the results of the others are counted."""
+    """The jobs that have no results; the results of the others are counted.
+
+    A file is replaced only if we wrote it for this image: the JSON beside it says so, or the mark
+    of an interrupted run. A mask drawn by hand has neither.
+    """
     for job in jobs:
-        if not job.outputs.exist():
+        found = job.outputs.found()
+        if not found or job.outputs.mark.exists():
             yield job
             continue
         classes = kept_classes(job, settings)
         if classes is None:
-            done.others.append(str(job.outputs.mask))
+            done.others.append(str(found[0]))
+        elif len(found) < len(job.outputs.files):
+            yield job
         else:
             done.kept += 1
             done.add(classes)
@@ -344,8 +351,9 @@ def _tell(console: Console, done: Predictions, passed_over: tuple[Path, ...]) ->
         say(f"Passed over: {describe_others(passed_over)}.")
     if done.others:
         say(
-            f"{count(len(done.others), 'result')} of another file, checkpoint or setting left as "
-            "found; make them anew with overwrite=true, or choose another output_dir:\n"
+            f"{count(len(done.others), 'image')} not predicted: where the results belong there are "
+            "files of another image, checkpoint or setting, or of your own. They are left as "
+            "found; choose another output_dir, or replace them with overwrite=true:\n"
             f"{summary(done.others)}",
             "yellow",
         )

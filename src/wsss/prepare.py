@@ -18,7 +18,7 @@ from rich.table import Table
 
 from wsss.build import build_layout
 from wsss.cli import hydra_command
-from wsss.data.images import VOID, count, summary
+from wsss.data.images import VOID, count
 from wsss.data.layout import Layout
 from wsss.data.manifest import Item, Manifest
 from wsss.errors import UserError
@@ -65,11 +65,17 @@ def prepare(cfg: DictConfig) -> dict[str, Manifest]:
         console.print(f"What was found is kept in {escape(folder)}", highlight=False)
     for text in _doubts(layout.classes, manifests, cfg.data.train_split):
         console.print(f"[yellow]{escape(text)}[/]", highlight=False)
-    for split in manifests:
+    for split, manifest in manifests.items():
         found = [text for texts in problems[split].values() for text in texts]
+        listed = layout.listed(split, found)
         if found:
-            console.print(f"[red]split '{escape(split)}': {count(len(found), 'problem')}[/]")
-            console.print(escape(summary(found)), highlight=False)
+            heading = f"split '{split}': {count(len(found), 'problem')}"
+            said, nameless = set(found), [i for i in manifest.items if i.labels is None]
+            unlabelled = sum(layout.no_labels(item) in said for item in nameless)
+            if unlabelled:  # mostly a wrong file of labels, not many wrong images
+                heading += f"; images without labels: {unlabelled}"
+            console.print(f"[red]{escape(heading)}[/]", highlight=False)
+            console.print(escape(listed), highlight=False)
     for split in missing:
         if split not in wanted:
             text = f"split '{split}' cannot be used: {missing[split]}"
@@ -78,14 +84,15 @@ def prepare(cfg: DictConfig) -> dict[str, Manifest]:
     bad = [missing[split] for split in wanted if split in missing]
     if bad:
         raise UserError("\n".join(dict.fromkeys(bad)))
+    broken = [f"{count(len(problems[s]), 'image')} of split '{s}'" for s in wanted if problems[s]]
+    if broken and cfg.data.on_error == "raise":
+        raise UserError(
+            f"{layout.root}: {' and '.join(broken)} cannot be used, see above. Mend them, or leave "
+            "them out with data.on_error=skip"
+        )
     for split in wanted:
-        broken, training = problems[split], split == cfg.data.train_split
-        if broken and cfg.data.on_error == "raise":
-            raise UserError(
-                f"{layout.root}: {count(len(broken), 'image')} of split '{split}' cannot be used, "
-                "see above. Mend them, or leave them out with data.on_error=skip"
-            )
-        usable = [i for i in manifests[split].items if i.name not in broken]
+        training = split == cfg.data.train_split
+        usable = [i for i in manifests[split].items if i.name not in problems[split]]
         if not any(item.labels or not training for item in usable):
             raise UserError(f"{layout.root}: split '{split}' has no image that can be used")
     return manifests

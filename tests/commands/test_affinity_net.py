@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.commands.conftest import TINY, Run, compose
 from wsss.build import build_method, build_network
+from wsss.cli import config_dir
 from wsss.errors import UserError
 from wsss.evaluate import evaluate
 from wsss.files import sha256_of
@@ -225,6 +227,19 @@ def test_refusals(
     truth = [*without, f"data.masks={shapes_root / 'SegmentationClass'}"]
     with pytest.raises(UserError, match="the data set's own masks"):
         train(compose("train", truth), tmp_path / "out")
+
+
+def test_the_commands_of_the_help_say_what_their_experiments_need() -> None:
+    """ResNet-38d has no weights on any hub: without backbone.weights the command stops at once."""
+    text = OmegaConf.load(config_dir() / "pseudo_label.yaml").hydra.help.header
+    (line,) = (part for part in text.replace("\\\n", " ").splitlines() if "wsss train" in part)
+    words = dict(word.split("=", 1) for word in line.split() if "=" in word)
+    assert set(words) == {
+        *("experiment", "data.root", "data.masks", "output_dir", "backbone.weights")
+    }
+    cfg = compose("train", [f"{key}={value}" for key, value in words.items()])
+    assert cfg.backbone.weights == words["backbone.weights"]
+    assert not cfg.backbone.pretrained
 
 
 def test_the_command_line(

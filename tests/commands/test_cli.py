@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,21 @@ except SystemExit as end:
 def test_help_lists_the_commands(run: Run) -> None:
     assert "evaluate" in run("__main__", "--help").stdout
     assert "data.root" in run("train", "--help").stdout
+
+
+@pytest.mark.parametrize("name", ["evaluate", "pseudo_label", "prepare"])
+def test_help_lists_the_choices_of_the_command_alone(name: str) -> None:
+    """By hand, as Hydra's own list has every experiment, method and sweep."""
+    template = OmegaConf.load(config_dir() / f"{name}.yaml").hydra.help.template
+    listed = template.split("Choices")[1].split("Settings")[0]
+    (data,) = (line for line in listed.splitlines() if line.split()[:1] == ["data"])
+    words = set(re.findall(r"\w+", data.split(";")[0]))
+    there = {path.stem for path in (config_dir() / "data").glob("*.yaml")}
+    assert there - words == {"base", "from_checkpoint"}
+    assert "experiment" not in listed
+
+
+def test_help_of_report(run: Run) -> None:
+    text = run("report", "--help").stdout
+    for part in ("wsss report run=", "runs=[outputs/a,outputs/b]", "report.html", "pictures: 6"):
+        assert part in text

@@ -674,20 +674,28 @@ def disturbed(truth: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("void", [None, 0])
+@pytest.mark.parametrize("touched", [0, 1])
 def test_the_ground_truth_as_pseudo_labels(
-    score_masks: Evaluate, truth: dict[str, np.ndarray], tmp_path: Path, void: int | None
+    score_masks: Evaluate,
+    truth: dict[str, np.ndarray],
+    tmp_path: Path,
+    void: int | None,
+    touched: int,
 ) -> None:
-    """Also where a tool has written background in place of void."""
+    """Also where a tool has written background in place of void, or somebody a pixel."""
     masks = {name: mask.copy() for name, mask in truth.items()}
     assert any((mask == 255).any() for mask in masks.values())
     for mask in masks.values():
         if void is not None:
             mask[mask == 255] = void
+    first = next(iter(masks.values()))
+    row, column = np.argwhere(first == 0)[0]
+    first[row, column] = touched
     write_masks(tmp_path / "masks", masks)
-    with pytest.warns(UserWarning, match="THESE MASKS ARE THE GROUND TRUTH: all 6 of"):
+    with pytest.warns(UserWarning, match="THESE MASKS ARE THE GROUND TRUTH: .* pixels of 6 m"):
         found = score_masks()
-    assert found["masks/miou"] == 1
-    assert scores_in(tmp_path / "masks_scores")["identical_to_truth"] == 6
+    assert (found["masks/miou"] == 1) == (not touched)
+    assert scores_in(tmp_path / "masks_scores")["identical_to_truth"] == 6 - touched
 
 
 @pytest.mark.filterwarnings("error:THESE MASKS")

@@ -341,7 +341,7 @@ def test_the_same_command_again(call: Call, capsys: pytest.CaptureFixture[str]) 
     assert again.shares == first.shares
     assert "4 kept from an earlier run" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in Path("predictions").rglob("*.*")}
-    for i, lost in enumerate(["a.png", "sub/a.json", "sub/c_overlay.jpg"]):
+    for i, lost in enumerate(["a.png", "sub/a.png", "sub/c_overlay.jpg"]):
         Path("predictions", lost).unlink()
         assert call().predicted == 1
         assert Path("predictions", lost).is_file(), i
@@ -359,7 +359,7 @@ def test_results_made_otherwise_are_left_and_said(
     assert done.others == [f"predictions/{n}" for n in before]
     assert done.shares == {}
     printed = capsys.readouterr().out
-    assert "4 results of another file, checkpoint or setting left as found" in printed
+    assert "4 images not predicted: where the results belong there are files of" in printed
     assert "overwrite=true" in printed
     assert all(np.array_equal(before[k], v) for k, v in masks().items())
     shutil.copytree(photos, "elsewhere")
@@ -370,6 +370,64 @@ def test_results_made_otherwise_are_left_and_said(
     (photos / "new.png").write_bytes((photos / "a.png").read_bytes())
     done = call()
     assert (done.predicted, len(done.others), done.complete) == (1, 4, False)
+
+
+def test_files_that_it_did_not_write_are_left_as_found(
+    call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"a.png": b"drawn by hand", "b.json": b'{"shapes": []}', "sub/c_overlay.jpg": b"mine"}
+    for name, content in own.items():
+        path = Path("predictions", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    done = call()
+    assert (done.predicted, done.kept, done.complete) == (1, 0, False)
+    assert done.others == [f"predictions/{name}" for name in own]
+    assert {name: Path("predictions", name).read_bytes() for name in own} == own
+    files = [p for p in Path("predictions").rglob("*") if p.is_file()]
+    assert len(files) == len(own) + 3  # nothing beside them either
+    printed = capsys.readouterr().out
+    assert "3 images not predicted" in printed
+    assert "choose another output_dir, or replace them with overwrite=true" in printed
+    assert "  - predictions/b.json" in printed
+    assert call("output_dir=other").complete
+    assert call("overwrite=true").predicted == 4
+    assert call().kept == 4
+    # Without its JSON nothing says what a mask is.
+    Path("predictions/a.json").unlink()
+    assert call().others == ["predictions/a.png"]
+
+
+def test_another_setting_is_not_mixed_with_what_is_left_of_the_first(call: Call) -> None:
+    call()
+    Path("predictions/a_overlay.jpg").unlink()
+    before = read("predictions/a.png")
+    assert "predictions/a.png" in call("scales=[1.0]").others
+    assert np.array_equal(read("predictions/a.png"), before)
+
+
+def test_images_that_were_being_written_are_predicted_again(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the files of an image: of a first run, and of one that replaces another's."""
+
+    def killed(after: int, *options: str) -> None:
+        with monkeypatch.context() as patch:
+            failing(patch, errno.ENOSPC, after)
+            with pytest.raises(UserError):
+                call(*options)
+
+    killed(4)  # of b the mask
+    done = call()
+    assert (done.kept, done.predicted, done.complete) == (1, 3, True)
+    expected = masks()
+    killed(1, "scales=[0.5]", "overwrite=true")  # of a the mask, beside the JSON of the first run
+    assert Path("predictions/.a.part").exists()
+    done = call()
+    # And b, whose mark was set while the first error was on its way.
+    assert (done.kept, done.predicted, done.complete) == (2, 2, True)
+    assert all(np.array_equal(expected[name], mask) for name, mask in masks().items())
+    assert not list(Path("predictions").rglob("*.part"))
 
 
 def test_another_checkpoint_of_the_same_name(call: Call, checkpoint: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_the_real_command(root: Path, tmp_path: Path, run: Run) -> None:
     command = ("prepare", "data=folder", f"data.root={root}")
     done = run(*command, code=2)
     assert numbers(done.stdout, "train") == [4, 2, 0, 1, 0, 3]
-    assert "split 'train': 3 problems" in done.stdout
+    assert "split 'train': 3 problems; images without labels: 1\n" in done.stdout
     for text in (
         f"{root}/images/a.jpg: empty file (0 bytes); fetch it again",
         f"{root}/images/e.jpg: labels.csv does not name it; add a line for it",
@@ -206,7 +206,7 @@ def test_small_images_and_missing_masks(root: Path, capsys: pytest.CaptureFixtur
     for split, names in (("train", "ac"), ("val", "bd")):
         write_lines(root / f"{split}.txt", list(names))
     overrides = ("data=folder", f"data.root={root}")
-    with pytest.raises(UserError, match=r"1 image of split 'train' cannot be used"):
+    with pytest.raises(UserError, match=r"1 image of split 'train' and 1 image of split 'val' c"):
         call(*overrides)
     printed = capsys.readouterr().out
     assert "a.jpg: 30x8 pixels, the shorter side must have data.min_side=16" in printed
@@ -218,18 +218,41 @@ def test_small_images_and_missing_masks(root: Path, capsys: pytest.CaptureFixtur
     call(*overrides, "data.on_error=skip", "data.min_side=8")
 
 
-def test_many_problems_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_problems_are_counted_and_all_named_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "mine"
     for i in range(15):
         write_image(root, f"{i:02}.png")
     write_mask(root, "00")
     write_labels(root, {"00": "cat"})
-    with pytest.raises(UserError, match=r"14 images of split 'train'"):
+    (root / "images/03.png").write_bytes(b"")
+    write_mask(root, "00", 7)
+    with pytest.raises(
+        UserError, match=r"mine: 14 images of split 'train' and 1 image of split 'val' cannot be"
+    ):
         call("data=folder", f"data.root={root}")
     printed = capsys.readouterr().out
+    assert "split 'train': 14 problems; images without labels: 13\n" in printed
+    assert "split 'val': 1 problem\n" in printed
     assert "images/10.png" in printed
     assert "images/11.png" not in printed
     assert "... and 4 more" in printed
+    (listed,) = (root / "wsss").glob("*-problems.txt")
+    assert f"all of them: {listed}\n" in printed
+    lines = listed.read_text().splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        f"{root}/images/{i:02}.png" for i in range(1, 15)
+    ]
+    before = snapshot(root)
+    with pytest.raises(UserError, match=r"14 problems in split 'train'") as caught:
+        Folder(root).open("train", "train")  # says the same to training
+    assert str(listed) in str(caught.value)
+    assert snapshot(root) == before
+    write_labels(root, {f"{i:02}": "cat" for i in range(15)})
+    with pytest.raises(UserError, match=r"mine: 1 image of split 'train' and 1 image"):
+        call("data=folder", f"data.root={root}")
+    assert not listed.exists()
 
 
 @pytest.mark.parametrize(

@@ -110,17 +110,65 @@ def test_ground_truth_under_another_name(shapes_root: Path, tmp_path: Path) -> N
     copies = tmp_path / "mine"
     shutil.copytree(shapes_root / "SegmentationClass", copies)
     names = VOC(shapes_root).open("train").names
-    mask = read_mask(copies / f"{names[0]}.png", 10)
     truth = shapes_root / "SegmentationClass"
     for folder in (copies, truth):
         with pytest.raises(DatasetError, match="the data set's own masks"):
             given(shapes_root, folder)
     found = given(shapes_root, truth, allow_truth=True)
     assert found.about.startswith("ground truth")
-    # One pixel that differs in one image, and they may be somebody's labels.
-    mask[0, 0] = 1 - min(int(mask[0, 0]), 1)
-    (copies / f"{names[0]}.png").write_bytes(encode_mask(mask))
+    # Neither a few other pixels nor wider borders make pseudo-labels of them.
+    for name in names:
+        mask = read_mask(copies / f"{name}.png", 10)
+        mask[0, 0] = 1 - min(int(mask[0, 0]), 1)
+        inside = mask != 0
+        mask[1:][inside[1:] != inside[:-1]] = 255
+        (copies / f"{name}.png").write_bytes(encode_mask(mask))
+    with pytest.raises(DatasetError, match=r"own masks \(the same on 9.* of 24 masks that were co"):
+        given(shapes_root, copies)
+    for name in names[:4]:  # of every sixth image somebody has drawn the objects otherwise
+        mask = read_mask(copies / f"{name}.png", 10)
+        mask[mask != 255] = 3
+        (copies / f"{name}.png").write_bytes(encode_mask(mask))
     assert given(shapes_root, copies).about.startswith("24 pseudo-labels")
+
+
+def without_truth(root: Path, target: Path, missing: list[str], broken: list[str]) -> Path:
+    """The data set with masks lost and cut off, the image labels in its XML."""
+    shutil.copytree(root, target, ignore=shutil.ignore_patterns("wsss"))
+    for name in missing:
+        (target / f"SegmentationClass/{name}.png").unlink()
+    for name in broken:
+        path = target / f"SegmentationClass/{name}.png"
+        path.write_bytes(path.read_bytes()[:60])
+    return target
+
+
+def test_ground_truth_where_some_of_it_is_missing_or_broken(
+    shapes_root: Path, masks: Path, tmp_path: Path
+) -> None:
+    names = VOC(shapes_root).open("train").names
+    record(masks, list(VOC(shapes_root).classes))
+    for i, (missing, broken) in enumerate([(names[:1], []), ([], names[-2:]), (names[3:], [])]):
+        root = without_truth(shapes_root, tmp_path / str(i), missing, broken)
+        split = VOC(root).open("train", "train")
+        compared = 24 - len(missing) - len(broken)
+        with pytest.raises(DatasetError, match=f"of {compared} masks that were compared"):
+            GivenMasks(split, shapes_root / "SegmentationClass")
+        # Of one's own masks nothing is trained on, and nothing of them stands in the way.
+        assert len(GivenMasks(split, masks)) == 24
+
+
+def test_images_of_background_say_nothing(shapes_root: Path, tmp_path: Path) -> None:
+    """Nearly all pixels of small objects agree, whatever the masks are worth."""
+    root = without_truth(shapes_root, tmp_path / "small", [], [])
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    for name in VOC(shapes_root).open("train").names:
+        mask = np.zeros((64, 64), np.uint8)
+        (folder / f"{name}.png").write_bytes(encode_mask(mask))
+        mask[5, 5] = 1
+        (root / f"SegmentationClass/{name}.png").write_bytes(encode_mask(mask))
+    assert given(root, folder).about.startswith("24 pseudo-labels")
 
 
 def module(root: Path, **kwargs: Any) -> WSSSDataModule:

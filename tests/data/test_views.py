@@ -151,14 +151,6 @@ def test_stacked_views_are_channels_first_in_memory() -> None:
 
 
 @pytest.mark.parametrize("crop", [96, 448, (64, 300)])
-def test_both_views_show_the_same_pixels(crop: Any) -> None:
-    view = TwoViews(crop, blur=0.0, appearance=["identity"])
-    for n in range(20):
-        pair = view(coordinate_image(), sample_rng(0, n))
-        np.testing.assert_array_equal(pair.weak, pair.strong)
-
-
-@pytest.mark.parametrize("crop", [96, 448, (64, 300)])
 def test_crop_is_one_rescaled_flipped_piece_of_the_image(crop: Any) -> None:
     """Along each axis the source coordinate is linear, with slope +-1/scale, and stays inside."""
     view = TwoViews(crop, blur=0.0, appearance=["identity"])

@@ -300,6 +300,8 @@ def test_missing_images_are_counted_and_the_first_ten_named(root: Path) -> None:
     assert "lost09.jpg" in message
     assert "lost10" not in message
     assert "and 4 more" in message
+    listed = Path(message.split("all of them: ")[1].splitlines()[0])
+    assert len(listed.read_text().splitlines()) == 14
 
 
 def test_all_kinds_of_problems_are_gathered_in_one_error(root: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wsss.cli import config_dir
 from wsss.errors import UserError
 from wsss.nn.cnn import CNNEncoder
 
@@ -103,6 +105,35 @@ def test_features_are_timms_own(name: str) -> None:
     assert torch.equal(final, expected[-1])
     if encoder.stage_strides[-2] == encoder.stage_strides[-1]:
         assert torch.equal(early, expected[-2])
+
+
+def test_windows_of_swins_last_stage_exchange_information() -> None:
+    """With the options of ``backbone=swin_base``, at sizes that no window divides."""
+    config = OmegaConf.load(config_dir() / "backbone" / "swin_base.yaml")
+    own = dict(OmegaConf.to_container(config.options)) | {"drop_path_rate": 0.0}
+    small = {"embed_dim": 8, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 1, 1)}
+    name = "swin_tiny_patch4_window7_224"
+    swin, plain = (
+        CNNEncoder(name, **(own | small | {"always_partition": on})).eval()
+        for on in (own["always_partition"], False)
+    )
+    shapes = [{k: v.shape for k, v in e.features.state_dict().items()} for e in (swin, plain)]
+    assert shapes[0] == shapes[1]  # weights of ImageNet, and checkpoints, fit both
+    for size in (224, 256, 512):
+        with torch.no_grad():
+            assert swin(torch.rand(1, 3, size, size))[0].shape[2:] == (size // 32, size // 32)
+    for encoder, reached in ((swin, True), (plain, False)):
+        blocks = encoder.features.layers_3.blocks.double()
+        cells = torch.rand(1, 16, 16, blocks[0].dim).double()
+        changed = cells.clone()
+        changed[:, 6, 6] = torch.rand(blocks[0].dim)  # the last cell of the first window
+        with torch.no_grad():
+            moved = [(block(changed) != block(cells)).any(-1)[0] for block in blocks]
+        for moves in moved[: 1 if reached else 2]:
+            assert moves[:7, :7].all()
+            assert not moves[7:].any()
+            assert not moves[:, 7:].any()
+        assert bool(moved[1][7, 7]) == reached
 
 
 def test_early_stage() -> None:

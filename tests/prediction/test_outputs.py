@@ -35,7 +35,9 @@ def test_names_keep_the_folders() -> None:
         "sub/deep/b.c.png",
     ]
     job = name_jobs(Found(Path("in"), (Path("in/sub/a.jpg"),)), OUT)[0]
-    assert job.outputs == Outputs(OUT / "sub/a.png", OUT / "sub/a_overlay.jpg", OUT / "sub/a.json")
+    assert job.outputs == Outputs(
+        OUT / "sub/a.png", OUT / "sub/a_overlay.jpg", OUT / "sub/a.json", OUT / "sub/.a.part"
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,16 +74,14 @@ def test_results_do_not_replace_images(name: str, tmp_path: Path) -> None:
         name_jobs(Found(tmp_path, files), tmp_path / "sub/..")
 
 
-def test_all_three_exist(tmp_path: Path) -> None:
+def test_what_is_there(tmp_path: Path) -> None:
     result = Outputs.named(tmp_path / "a")
-    files = (result.mask, result.overlay, result.about)
-    for path in files:
-        path.touch()
-    assert result.exist()
-    for path in files:
-        path.unlink()
-        assert not result.exist()
-        path.touch()
+    assert result.found() == []
+    result.about.touch()
+    assert result.found() == [result.about]
+    result.mask.symlink_to("gone")  # a link that leads nowhere is somebody's too
+    result.overlay.mkdir()
+    assert result.found() == list(result.files)
 
 
 # --- content -----------------------------------------------------------------------------------
@@ -156,9 +156,22 @@ def test_results_are_known_again(job: Job) -> None:
         assert kept_classes(job, ABOUT["settings"]) is None
 
 
-def test_the_json_comes_last(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_json_comes_last_and_the_mark_stays_till_then(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order = []
-    monkeypatch.setattr(outputs, "write_atomically", lambda path, _: order.append(path))
+
+    def spy(path: Path, _: bytes) -> None:
+        assert job.outputs.mark.is_file()
+        order.append(path)
+        if len(order) == 6:
+            raise OSError
+
+    monkeypatch.setattr(outputs, "write_atomically", spy)
     write(job)
     assert len(order) == 3
     assert order[-1] == job.outputs.about
+    assert not job.outputs.mark.exists()
+    with pytest.raises(OSError):  # noqa: PT011
+        write(job)
+    assert job.outputs.mark.is_file()

@@ -135,6 +135,48 @@ def test_run_is_runs_of_one(runs: Path, tmp_path: Path) -> None:
     assert not any(tag == "details" and a.get("class") for tag, a in page.elements)
 
 
+def test_a_single_run_has_its_report_in_its_folder(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = copy_run(runs / "cam", tmp_path / "one")
+    two = copy_run(runs / "supervised", tmp_path / "two")
+    for option in (f"run={one}", f"runs=[{two}]"):
+        report(compose("report", option, "pictures=0"))
+    names = {"report.html", "table.csv", "table.md"}
+    for folder in (one, two):
+        assert {p.name for p in (folder / "report").iterdir()} == names
+    assert not Path("outputs").exists()
+    before = (one / "report/report.html").read_bytes()
+    written = report(compose("report", f"runs=[{one},{two}]", "pictures=0"))
+    assert written[-1] == Path("outputs/report/report.html")
+    assert (one / "report/report.html").read_bytes() == before
+    # Runs of a sweep that is still going are several, whatever is finished.
+    (two / "scores.json").unlink()
+    written = report(compose("report", f"run={tmp_path}/*", "pictures=0"))
+    assert written[-1] == Path("outputs/report/report.html")
+
+
+def test_an_older_report_leaves_nothing(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("pictures.png", "notes.txt"):
+        (out / name).write_text("my own")
+    arguments = (f"run={runs / 'cam'}", f"output_dir={out}")
+    report(compose("report", *arguments, "pictures=0"))
+    assert (out / "pictures.png").read_text() == "my own"  # no report has written it
+    report(compose("report", *arguments, "pictures=1"))
+    assert (out / "pictures.png").stat().st_size > 1000
+    report(compose("report", *arguments, "pictures=0"))
+    assert {p.name for p in out.iterdir()} == {"notes.txt", "report.html", "table.csv", "table.md"}
+
+
+def test_a_folder_that_cannot_be_written(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output_dir='.*file/x' cannot be written"):
+        report(compose("report", f"run={runs / 'cam'}", f"output_dir={tmp_path}/file/x"))
+
+
 def test_worst_and_best_images_are_drawn(runs: Path, tmp_path: Path) -> None:
     folder = copy_run(runs / "supervised", tmp_path / "run")
     names = (runs / "shapes" / "ImageSets" / "Segmentation" / "val.txt").read_text().split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,16 +25,47 @@ from wsss.data.order import evenly
 #: written beside its folders by ``wsss pseudo_label``
 RECORD = "pseudo_labels.json"
 _COMPARED = 64
+#: masks that agree with the truth on this part of the objects are copies of it: pseudo-labels are
+#: far from it, and a pixel here or there, or wider borders, make no pseudo-labels of the truth
+_SAME = 0.995
+
+
+@dataclass
+class Likeness:
+    """How far masks are the truth, of the pixels that both decide and either gives a class.
+
+    Pixels that are background to both say little: most of an image may be that.
+    """
+
+    masks: int = 0
+    pixels: int = 0
+    agreeing: int = 0
+
+    def add(self, mask: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
+        """Compare two masks (H, W) of one image."""
+        compared = (mask != VOID) & (truth != VOID) & ((mask != 0) | (truth != 0))
+        self.masks += 1
+        self.pixels += int(compared.sum())
+        self.agreeing += int((mask == truth)[compared].sum())
+
+    @property
+    def is_truth(self) -> bool:
+        return self.pixels > 0 and self.agreeing >= _SAME * self.pixels
+
+    def __str__(self) -> str:
+        part = 100 * self.agreeing / max(self.pixels, 1)
+        return f"the same on {part:.1f} % of the objects' pixels of {count(self.masks, 'mask')}"
 
 
 class GivenMasks:
     """A split whose masks are ``folder``/NAME.png; everything else is the split's own.
 
     Masks that ``wsss pseudo_label`` wrote have their headers looked at, and up to 64 of them every
-    pixel; of others every pixel of every mask.
+    pixel; of others every pixel of every mask. Up to 64 are compared with the data set's own, where
+    there are any.
 
     Args:
-        images: an open split; its own masks are only compared with.
+        images: an open split; its own masks are only compared with, and may be missing or broken.
         folder: palette or grey PNGs of class numbers, each of its image's size; 255 is left out of
             the loss.
         on_error: ``skip`` leaves out images whose mask is missing or broken, counted and named in a
@@ -45,7 +77,8 @@ class GivenMasks:
 
     Raises:
         DatasetError: no such folder, masks that are missing or broken, another class list, or masks
-            that equal the data set's own: what is trained on them is fully supervised.
+            that are the data set's own but for a few pixels: what is trained on them is fully
+            supervised.
     """
 
     def __init__(
@@ -61,8 +94,10 @@ class GivenMasks:
         names = images.names
         if not folder.is_dir():
             raise DatasetError(f"data.masks='{folder}': no such folder")
-        compared = evenly(len(names), _COMPARED)
-        looked_into = set(compared) if record else set(range(len(names)))
+        with_truth = [i for i in range(len(names)) if images.has_mask(i)]
+        compared = [with_truth[i] for i in evenly(len(with_truth), _COMPARED)]
+        some = {*evenly(len(names), _COMPARED), *compared}
+        looked_into = some if record else set(range(len(names)))
 
         def look(index: int) -> str | None:
             path = self._path(index)
@@ -92,12 +127,12 @@ class GivenMasks:
             )
         self._kept = [i for i, problem in enumerate(found) if problem is None]
         self.about = f"{count(len(self._kept), 'pseudo-label')} of {folder}{_origin(record)}"
-        truth = [i for i in compared if found[i] is None and images.has_masks]
-        if truth and all(self._is_truth(i) for i in truth):
+        likeness = self._compare([i for i in compared if found[i] is None])
+        if likeness.is_truth:
             if not allow_truth:
                 raise DatasetError(
-                    f"data.masks='{folder}' are the data set's own masks (all {len(truth)} that "
-                    "were compared): a network trained on them is fully supervised. For that leave "
+                    f"data.masks='{folder}' are the data set's own masks ({likeness} that were "
+                    "compared): a network trained on them is fully supervised. For that leave "
                     "data.masks out; if it is what you want, set data.masks_may_be_truth=true."
                 )
             self.about = f"ground truth, under the name of pseudo-labels, of {folder}"
@@ -123,11 +158,16 @@ class GivenMasks:
     def _path(self, index: int) -> Path:
         return self.folder / f"{self._images.names[index]}.png"
 
-    def _is_truth(self, index: int) -> bool:
-        """Whether a mask equals the data set's own; where that is void, copies of it differ."""
-        truth = self._images.load_mask(index)
-        mask = read_mask(self._path(index), len(self._images.classes), self._images.sizes[index])
-        return bool((mask == truth)[truth != VOID].all())
+    def _compare(self, indices: list[int]) -> Likeness:
+        likeness = Likeness()
+        for i in indices:
+            try:
+                truth = self._images.load_mask(i)
+            except DatasetError:  # nothing is trained on it
+                continue
+            mask = read_mask(self._path(i), len(self._images.classes), self._images.sizes[i])
+            likeness.add(mask, truth)
+        return likeness
 
 
 def _read_record(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ VOID = 255
 # The last bytes of a complete file. A file that ends otherwise is decoded to find out: some
 # cameras append bytes after the end marker, which is harmless.
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-_SHOWN = 10
+#: problems that a message names before it counts the others
+SHOWN = 10
 
 
 class DatasetError(UserError):
@@ -30,9 +31,9 @@ class DatasetError(UserError):
 
 def summary(problems: Sequence[str]) -> str:
     """Show the first few of ``problems``, one a line, and count the others."""
-    lines = [f"  - {problem}" for problem in problems[:_SHOWN]]
-    if len(problems) > _SHOWN:
-        lines.append(f"  ... and {len(problems) - _SHOWN} more")
+    lines = [f"  - {problem}" for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"  ... and {len(problems) - SHOWN} more")
     return "\n".join(lines)
 
 
@@ -131,7 +132,7 @@ def read_mask(
     wrong = mask[(mask > num_classes) & (mask != VOID)]
     if wrong.size:
         values = sorted({int(value) for value in np.unique(wrong)})
-        shown = ", ".join(map(str, values[:_SHOWN])) + (", ..." if len(values) > _SHOWN else "")
+        shown = ", ".join(map(str, values[:SHOWN])) + (", ..." if len(values) > SHOWN else "")
         raise DatasetError(
             f"{path}: mask holds the values {shown}, allowed are 0..{num_classes} and {VOID}; "
             "map them to classes, or list the missing classes in classes.txt"

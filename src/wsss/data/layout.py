@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from wsss.data.images import (
+    SHOWN,
     VOID,
     DatasetError,
     count,
@@ -34,6 +35,7 @@ from wsss.data.images import (
     summary,
 )
 from wsss.data.manifest import Item, Manifest, relative, work_folder, work_folders
+from wsss.files import write_atomically
 
 _PROGRESS_FROM = 500
 _THREADS = min(8, os.cpu_count() or 1)
@@ -287,13 +289,13 @@ class Layout(ABC):
         where = f"split '{manifest.split}' of {self.root}"
         if problems and on_error == "raise":
             raise DatasetError(
-                f"{count(len(problems), 'problem')} in {where}:\n{summary(problems)}\n"
+                f"{count(len(problems), 'problem')} in {where}:\n{self.listed(split, problems)}\n"
                 "data.on_error=skip leaves these images out."
             )
         if problems:
             rank_zero_warn(
                 f"{where}: left out {len(manifest.items) - len(kept)} of "
-                f"{count(len(manifest.items), 'image')}:\n{summary(problems)}"
+                f"{count(len(manifest.items), 'image')}:\n{self.listed(split, problems)}"
             )
         unlabelled = [item.name for item in kept if not item.labels]
         if purpose != "evaluate" and unlabelled:
@@ -325,6 +327,21 @@ class Layout(ABC):
         elif need_mask and item.mask_problem is not None:
             problems.append(item.mask_problem)
         return problems
+
+    def listed(self, split: str, problems: Sequence[str]) -> str:
+        """The first few problems; where there are more, all are in a file that is named.
+
+        It lies beside the manifest, and goes once there are few.
+        """
+        path = self.work / self._file_name(split).replace(".json", "-problems.txt")
+        if len(problems) <= SHOWN:
+            path.unlink(missing_ok=True)
+            return summary(problems)
+        # Folder names need not be UTF-8.
+        content = "".join(f"{text}\n" for text in problems).encode(errors="surrogateescape")
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomically(path, content)
+        return f"{summary(problems)}\n  all of them: {path}"
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T], description: str) -> Iterator[R]:
@@ -375,6 +392,10 @@ class Split:
     def load_image(self, index: int) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB of image ``index``. See :func:`read_rgb` for what it raises."""
         return read_rgb(self.root / self._images[index], exif=self._exif)
+
+    def has_mask(self, index: int) -> bool:
+        """Whether image ``index`` has a mask; nothing says that it can be read."""
+        return self._masks[index] is not None
 
     def load_mask(self, index: int) -> NDArray[np.uint8]:
         """(H, W) uint8 with 0..C and 255. See :func:`read_mask` for what it raises."""

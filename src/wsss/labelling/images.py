@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from wsss.data.images import DatasetError, count, summary
+from wsss.data.images import DatasetError, count
 from wsss.data.layout import Layout, Split
 from wsss.data.views import resize_image
 from wsss.errors import UserError
@@ -59,11 +59,12 @@ def open_split(layout: Layout, split: str, on_error: str, min_side: int) -> Open
     where = f"split '{split}' of {layout.root}"
     if problems and on_error == "raise":
         raise DatasetError(
-            f"{count(len(problems), 'problem')} in {where}:\n{summary(problems)}\n"
+            f"{count(len(problems), 'problem')} in {where}:\n{layout.listed(split, problems)}\n"
             "data.on_error=skip leaves these images out."
         )
     if not kept:
-        raise DatasetError(f"{where}: no image can be used:\n{summary(problems)}")
+        listed = layout.listed(split, problems)
+        raise DatasetError(f"{where}: no image can be used:\n{listed}")
     masked = [item for item in kept if item.mask is not None]
     files = [path for item in manifest.items for path in (item.image, item.mask) if path]
     return OpenedSplit(

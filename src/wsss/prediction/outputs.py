@@ -26,11 +26,12 @@ _JPEG_QUALITY = 90
 
 @dataclass(frozen=True)
 class Outputs:
-    """The three files of one image."""
+    """The three files of one image, and the mark that they are being written."""
 
     mask: Path
     overlay: Path
     about: Path
+    mark: Path
 
     @classmethod
     def named(cls, stem: Path) -> Outputs:
@@ -38,10 +39,15 @@ class Outputs:
         mask, overlay, about = (
             stem.with_name(f"{stem.name}{end}") for end in (".png", "_overlay.jpg", ".json")
         )
-        return cls(mask, overlay, about)
+        return cls(mask, overlay, about, stem.with_name(f".{stem.name}.part"))
 
-    def exist(self) -> bool:
-        return all(path.is_file() for path in (self.mask, self.overlay, self.about))
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        return self.mask, self.overlay, self.about
+
+    def found(self) -> list[Path]:
+        """Those of the three that are there, whatever they are."""
+        return [path for path in self.files if path.exists() or path.is_symlink()]
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def name_jobs(found: Found, output_dir: Path) -> list[Job]:
     outputs = [Outputs.named(output_dir / stem) for stem in stems]
     images = {p.resolve() for p in found.files}
     for output in outputs:
-        for path in (output.mask, output.overlay, output.about):
+        for path in output.files:
             if path.resolve() in images:
                 raise UserError(
                     f"output_dir='{output_dir}': the result '{path}' would replace an image of the "
@@ -87,6 +93,9 @@ def write_results(
     job: Job, photo: Photo, labels: LabelMap, classes: Sequence[str], about: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Write the three files of an image; each appears whole, the JSON last.
+
+    The mark lies beside them from before the first until after the last: files left by an
+    interruption are known as such, and old files that stand beside new ones too.
 
     Returns:
         ``classes`` of the JSON: the labels that the image holds, background included.
@@ -113,25 +122,25 @@ def write_results(
         "classes": found,
         **about,
     }
+    job.outputs.mark.parent.mkdir(parents=True, exist_ok=True)
+    job.outputs.mark.touch()
     write_atomically(job.outputs.mask, encode_mask(labels.mask))
     write_atomically(job.outputs.overlay, buffer.getvalue())
     text = json.dumps(content, indent=2, allow_nan=False)
     write_atomically(job.outputs.about, f"{text}\n".encode())
+    job.outputs.mark.unlink()
     return found
 
 
 def kept_classes(job: Job, settings: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """``classes`` of results that are there, or None: they are not made of this file in this way.
-
-    Args:
-        job: whose three files exist.
-        settings: those of this run.
+    """``classes`` of results that are there, or None: no JSON says that they were made of this
+    file in this way.
     """
     try:
         content = json.loads(job.outputs.about.read_bytes())
         if content["settings"] == settings and content["file"] == absolute(job.image):
             return list(content["classes"])
-    except (ValueError, KeyError, TypeError):  # not written by us, or damaged
+    except (OSError, ValueError, KeyError, TypeError):  # not written by us, or damaged
         pass
     return None
 

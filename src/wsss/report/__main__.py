@@ -1,8 +1,8 @@
 """Report on finished runs: ``python -m wsss.report run=outputs/cosa``.
 
-``runs=[outputs/cosa,outputs/cam]`` compares several. Writes into ``output``: ``report.html``, one
-page without anything beside it; ``table.md`` and ``table.csv`` with the scores of every run; and
-``pictures.png``, where every run's last weights are seen on the same validation images.
+``runs=[outputs/cosa,outputs/cam]`` compares several. Writes into ``output_dir``: ``report.html``,
+one page without anything beside it; ``table.md`` and ``table.csv`` with the scores of every run;
+and ``pictures.png``, where every run's last weights are seen on the same validation images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from wsss.cli import hydra_command, quiet_libraries
 from wsss.errors import UserError
-from wsss.files import write_atomically
+from wsss.files import check_writable, write_atomically
 from wsss.report.comparison import (
     comparisons,
     csv_text,
@@ -29,21 +29,29 @@ from wsss.report.page import render
 from wsss.report.pictures import grid, save_png
 from wsss.report.runs import read_runs, run_titles
 
+#: of several runs, which have no folder of their own
+_SHARED = Path("outputs/report")
+
 
 def report(cfg: DictConfig) -> list[Path]:
     """Write the report of ``conf/report.yaml``.
+
+    What an older report has left in the folder and this one does not write is removed.
 
     Returns:
         The files written.
 
     Raises:
-        UserError: no run, a run without scores or checkpoint, runs on different classes, or a file
-            of a run folder that cannot be read.
+        UserError: no run, a run without scores or checkpoint, runs on different classes, a file
+            of a run folder that cannot be read, or a folder that cannot be written.
     """
     quiet_libraries()
     runs, unfinished = read_runs(asked_for(cfg))
     titles = run_titles(runs, cfg.titles)
-    output = Path(cfg.output_dir)
+    if cfg.output_dir is not None:
+        output = Path(str(cfg.output_dir)).expanduser()
+    else:
+        output = runs[0].folder / "report" if len(runs) + len(unfinished) == 1 else _SHARED
     if cfg.pictures:
         # Before any table: what is missing should be known at once.
         for run in runs:
@@ -52,6 +60,9 @@ def report(cfg: DictConfig) -> list[Path]:
                     f"run '{run.folder}' has no checkpoints/last.ckpt to draw pictures with. "
                     "Copy the file there, or set pictures=0."
                 )
+
+    check_writable(output)
+    page, picture = output / "report.html", output / "pictures.png"
 
     console = Console()
     names = score_names(runs)
@@ -71,11 +82,13 @@ def report(cfg: DictConfig) -> list[Path]:
     drawing = None
     if cfg.pictures:
         drawing = draw_runs(runs, titles, int(cfg.pictures), cfg.data_root)
-        written.append(output / "pictures.png")
+        written.append(picture)
         rows_of_panels = [picture.panels for picture in drawing.shared]
-        save_png(grid(rows_of_panels, legend=drawing.classes), written[-1])
-    written.append(output / "report.html")
-    write_atomically(written[-1], render(runs, titles, unfinished, drawing).encode())
+        save_png(grid(rows_of_panels, legend=drawing.classes), picture)
+    elif page.is_file():  # else the picture is somebody's own
+        picture.unlink(missing_ok=True)
+    written.append(page)
+    write_atomically(page, render(runs, titles, unfinished, drawing).encode())
     for path in written:
         print(path)
     return written
