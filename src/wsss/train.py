@@ -40,6 +40,7 @@ from wsss.methods.base import Method, check_classes
 from wsss.metrics.protocols import HEADLINES
 from wsss.progress import TrainProgress
 from wsss.report.tables import print_scores, write_image_scores, write_scores
+from wsss.resume import check_free, find_checkpoint, start_anew
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,10 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     if left_out := leave_out_foreign_settings(cfg, overrides):
         log.info("Settings of another method, left out: %s", ", ".join(left_out))
     check_writable(output_dir)
+    # One rank looks: another may start when the first has already written something.
+    first_rank = getattr(rank_zero_only, "rank", 0) == 0
+    if first_rank:
+        check_free(output_dir, cfg.ckpt, cfg.overwrite)
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -73,7 +78,7 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
         data.setup("fit")
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    if data.about_masks is not None and getattr(rank_zero_only, "rank", 0) == 0:
+    if data.about_masks is not None and first_rank:
         print(f"Training masks: {data.about_masks}")
     checkpoint = find_checkpoint(cfg.ckpt, output_dir)
     resumed = None
@@ -84,6 +89,8 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
         del content  # as large as network and optimizer together
     network = build_network(cfg, data.num_classes, load_weights=checkpoint is None)
     method = build_method(cfg, network, data.classes)
+    if cfg.overwrite and first_rank:
+        start_anew(output_dir)  # here, where all that can be wrong with this run has been told
     trainer = make_trainer(cfg, method, output_dir)
     about = describe(
         cfg.trainer.precision,
@@ -234,25 +241,6 @@ def keep_best(folder: Path, trainer: L.Trainer, monitor: str) -> None:
         part = folder / ".best.ckpt.part"
         shutil.copyfile(folder / "last.ckpt", part)
         part.replace(folder / "best.ckpt")
-
-
-def find_checkpoint(ckpt: str | None, output_dir: Path) -> Path | None:
-    """The file that ``ckpt=`` means; ``last`` is the run folder's own, if it exists.
-
-    Raises:
-        UserError: no such file.
-    """
-    if ckpt is None:
-        return None
-    if ckpt == "last":
-        path = output_dir / "checkpoints" / "last.ckpt"
-        return path if path.exists() else None
-    path = Path(ckpt)
-    if not path.is_file():
-        near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        hint = f" There are: {', '.join(p.name for p in near)}." if near else ""
-        raise UserError(f"ckpt='{ckpt}': no such file.{hint}")
-    return path
 
 
 def main() -> None:

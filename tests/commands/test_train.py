@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from tests.commands.conftest import Run, command_environment, compose
 from wsss.addons import Step
@@ -301,3 +302,45 @@ def test_no_steps_are_kept_unless_asked_for(tiny: list[str], tmp_path: Path) -> 
     train(compose("train", [*tiny, *more]), tmp_path)
     names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert names == {"last.ckpt", "best.ckpt"}
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [*tiny, "trainer.max_steps=2", "evaluate=false"]
+    train(compose("train", few), tmp_path)
+    kept = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
+    wanted = r"holds a run at step 2: ckpt=last goes on with it; .*overwrite=true, starts anew"
+    with pytest.raises(UserError, match=wanted):
+        train(compose("train", [*few, "data.root=nowhere"]), tmp_path)  # told before that mistake
+    for ckpt in ("last", f"'{tmp_path}/checkpoints/last.ckpt'"):
+        with pytest.raises(UserError, match="leave out one of them"):
+            train(compose("train", [*few, "overwrite=true", f"ckpt={ckpt}"]), tmp_path)
+    with pytest.raises(UserError, match="nowhere"):  # a mistake costs nothing
+        train(compose("train", [*few, "overwrite=true", "data.root=nowhere"]), tmp_path)
+    assert kept == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
+
+    # Another rank may start when the first has saved already.
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with pytest.raises(UserError, match="nowhere"):
+        train(compose("train", [*few, "data.root=nowhere"]), tmp_path)
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(tiny: list[str], tmp_path: Path) -> None:
+    few = [*tiny, "trainer.max_steps=2"]
+    train(compose("train", [*few, "trainer.keep_every_n_steps=1", "pictures=1"]), tmp_path)
+    for name in ("metrics.csv", "metrics.1.csv"):
+        (tmp_path / name).write_text("step\n1\n")
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions/a.png").write_text("of another command")
+    assert list((tmp_path / "pictures").iterdir())
+    assert (tmp_path / "scores.json").is_file()
+    train(compose("train", [*few, "overwrite=true", "evaluate=false", "seed=3"]), tmp_path)
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == {
+        "checkpoints/last.ckpt",
+        "config.yaml",
+        "environment.json",
+        "predictions/a.png",
+    }
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["wsss"]["config"]["seed"] == 3
