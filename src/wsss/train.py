@@ -28,7 +28,7 @@ from wsss.build import (
     leave_out_foreign_settings,
     method_class,
 )
-from wsss.callbacks.checkpoint import AtomicCheckpointIO, ResumableInterrupt
+from wsss.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, ResumableInterrupt
 from wsss.callbacks.pictures import PictureLogger
 from wsss.checkpoints import read_checkpoint
 from wsss.cli import hydra_command, nearest, quiet_libraries
@@ -169,7 +169,7 @@ def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         ),
-        ModelCheckpoint(
+        BestCheckpoint(
             folder,
             filename="best",
             monitor=method.monitor,

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from tests.commands.conftest import Run, command_environment, compose
 from wsss.addons import Step
+from wsss.callbacks.checkpoint import BestCheckpoint
 from wsss.errors import UserError
 from wsss.methods import CoSA
 from wsss.train import train
@@ -344,3 +346,9 @@ def test_overwriting_leaves_nothing_of_the_run_before(tiny: list[str], tmp_path:
     }
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert saved["wsss"]["config"]["seed"] == 3
+
+
+def test_the_best_score_of_earlier_checkpoints_is_found() -> None:
+    """They hold it under the name of Lightning's class."""
+    same = {"monitor": "a", "mode": "max", "save_on_train_epoch_end": False}
+    assert BestCheckpoint(**same).state_key == ModelCheckpoint(**same).state_key  # type: ignore[arg-type]
