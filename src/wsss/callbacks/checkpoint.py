@@ -14,6 +14,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from wsss.log import tell
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes next to the target and renames: the target is always whole, old or new.
@@ -108,7 +110,7 @@ class ResumableInterrupt(Checkpoint):
             self.interrupted = True
             trainer.save_checkpoint(self.path, weights_only=False)
             if trainer.is_global_zero:
-                print(f"Stopped at step {trainer.global_step}. Resume with: ckpt={self.path}")
+                tell(f"Stopped at step {trainer.global_step}. Resume with: ckpt={self.path}")
             trainer.should_stop = True
             trainer.limit_val_batches = 0
 
