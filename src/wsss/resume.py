@@ -14,6 +14,7 @@ from torch import Tensor
 from wsss.build import method_class, plain_config
 from wsss.checkpoints import read_checkpoint, saved_config
 from wsss.errors import UserError
+from wsss.inference import PRECISION_ALIASES
 from wsss.methods.base import Method
 
 #: what a training writes into its folder; what other commands put there stays
@@ -205,7 +206,8 @@ def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tu
             if key.startswith(IGNORED) or (group == "trainer" and last not in TRAINER):
                 continue
             if key in old and key in new:
-                if str(old[key]) != str(new[key]):  # 32 and '32' are one precision
+                alias = PRECISION_ALIASES if key == "trainer.precision" else {}
+                if alias.get(str(old[key]), old[key]) != new[key]:
                     found.append((key, old[key], new[key]))
             elif last == "_target_":
                 found.append((part, old.get(key), new.get(key)))

@@ -48,6 +48,7 @@ from wsss.resume import (
     read_resumed,
     start_anew,
 )
+from wsss.trainer_settings import check_trainer, device_settings
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     if left_out := leave_out_foreign_settings(cfg, overrides):
         log.info("Settings of another method, left out: %s", ", ".join(left_out))
+    check_trainer(cfg)
     check_writable(output_dir)
     # One rank looks: another may start when the first has already written something.
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
@@ -229,11 +231,7 @@ def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer
     every = t.val_every_n_steps
     trainer = L.Trainer(
         max_steps=t.max_steps,
-        accelerator=t.accelerator,
-        devices=t.devices,
-        num_nodes=t.num_nodes,
-        strategy=t.strategy,
-        precision=t.precision,
+        **device_settings(cfg),
         accumulate_grad_batches=accumulate,
         gradient_clip_val=t.gradient_clip_val,
         sync_batchnorm=t.sync_batchnorm and torch.cuda.is_available(),
