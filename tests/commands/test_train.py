@@ -194,15 +194,29 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny: list[str], tmp_path: Path) ->
     assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
 
 
-def test_sweep_leaves_runs_side_by_side(run: Run, tiny: list[str], tmp_path: Path) -> None:
+def test_sweep_leaves_runs_side_by_side_and_resumes(
+    run: Run, tiny: list[str], tmp_path: Path
+) -> None:
     few = [o for o in tiny if not o.startswith("trainer.max_steps")]
-    run("train", "-m", *few, "method.momentum=0.99,0.995", "trainer.max_steps=3", "evaluate=false")
-    runs = sorted((tmp_path / "outputs").rglob("last.ckpt"))
-    assert len(runs) == 2
-    momenta = [
-        torch.load(path, weights_only=True)["wsss"]["config"]["method"]["momentum"] for path in runs
-    ]
-    assert momenta == [0.99, 0.995]
+    sweep = ["-m", *few, "method.momentum=0.99,0.995", "evaluate=false", "output_dir=runs"]
+    run("train", *sweep, "trainer.max_steps=2")
+
+    def runs() -> list[tuple[str, float, int]]:
+        found = []
+        for path in sorted(tmp_path.rglob("last.ckpt")):
+            content = torch.load(path, weights_only=True)
+            momentum = content["wsss"]["config"]["method"]["momentum"]
+            folder = path.parents[1].relative_to(tmp_path).as_posix()
+            found.append((folder, momentum, content["global_step"]))
+        return found
+
+    assert runs() == [("runs/0", 0.99, 2), ("runs/1", 0.995, 2)]
+    assert "holds a run at step 2" in run("train", *sweep, "trainer.max_steps=3", code=2).stderr
+    run("train", *sweep, "trainer.max_steps=3", "ckpt=last")
+    assert runs() == [("runs/0", 0.99, 3), ("runs/1", 0.995, 3)]
+    log = (tmp_path / "runs/1/train.log").read_text()
+    for line in ("runs/1 at step 2.", "[WARNING] - Settings other than", "max_steps=3 (was 2)"):
+        assert line in log
 
 
 def test_nan_loss_names_the_term_and_keeps_the_checkpoint(
