@@ -31,9 +31,9 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 demo: install  ## train CoSA, its lower and its upper bound on generated images; table and pictures
-	$(BIN)/wsss train experiment=shapes method=supervised seed=$(SEED) output_dir=$(DEMO)/supervised
-	$(BIN)/wsss train experiment=shapes method=cam seed=$(SEED) output_dir=$(DEMO)/cam
-	$(BIN)/wsss train experiment=cosa_shapes seed=$(SEED) output_dir=$(DEMO)/cosa
+	$(BIN)/wsss train experiment=shapes method=supervised seed=$(SEED) output_dir=$(DEMO)/supervised overwrite=true
+	$(BIN)/wsss train experiment=shapes method=cam seed=$(SEED) output_dir=$(DEMO)/cam overwrite=true
+	$(BIN)/wsss train experiment=cosa_shapes seed=$(SEED) output_dir=$(DEMO)/cosa overwrite=true
 	$(BIN)/wsss report 'runs=[$(DEMO)/supervised,$(DEMO)/cam,$(DEMO)/cosa]' output_dir=$(DEMO)/report
 
 test: install  ## run the tests

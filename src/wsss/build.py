@@ -56,10 +56,9 @@ def _data_settings(cfg: DictConfig) -> dict[str, Any]:
             "data=from_checkpoint is for commands that read a checkpoint: choose voc, shapes ..."
         )
     if OmegaConf.is_missing(cfg.data, "root"):
-        raise UserError(
-            "data.root is not set: give the data set's folder, for example "
-            "data.root=/data/VOCdevkit/VOC2012."
-        )
+        kind = hydra.utils.get_object(cfg.data.dataset._target_)
+        hint = getattr(kind, "root_hint", Layout.root_hint)()
+        raise UserError(f"data.root is not set: give {hint}, with data.root=FOLDER.")
     data = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
     generate = data.pop("generate", None)
     with _readable():

@@ -7,9 +7,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -18,6 +19,8 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from wsss.errors import UserError
+from wsss.files import check_writable
+from wsss.log import keep
 
 
 def config_dir() -> Path:
@@ -36,13 +39,16 @@ def hydra_command(config_name: str, main: Callable[[DictConfig], Any]) -> None:
 
     def guarded(cfg: DictConfig) -> Any:
         try:
-            return main(cfg)
+            with keep_warnings():
+                return main(cfg)
         except UserError as error:
             if os.environ.get("HYDRA_FULL_ERROR"):
                 raise
             fail(str(error))
 
-    check_overrides(config_name, sys.argv[1:])
+    cfg = check_overrides(config_name, sys.argv[1:])
+    if cfg is not None:
+        prepare_folder(cfg, sys.argv)
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
         guarded
     )()
@@ -65,29 +71,80 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 
-def fail(message: str) -> None:
-    """Print an error and end with exit code 2."""
+def fail(message: str) -> NoReturn:
+    """Print an error, keep it in the log file, and end with exit code 2."""
+    keep(message, logging.ERROR)
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def check_overrides(config_name: str, arguments: list[str]) -> None:
+def prepare_folder(cfg: DictConfig, argv: list[str]) -> None:
+    """See that the folder can be written that Hydra makes before the command starts.
+
+    A sweep goes where ``output_dir=`` says, as a single run does, if the command's runs do.
+
+    Args:
+        cfg: as :func:`check_overrides` gives it.
+        argv: changed in place: ``hydra.sweep.dir`` is added.
+    """
+    typed = {key.lstrip("+"): value for key, _, value in (a.partition("=") for a in argv[1:])}
+    given = {"output_dir", "hydra.run.dir", "hydra.sweep.dir"} & set(typed)
+    sweeps = any(flag in argv for flag in ("-m", "--multirun"))
+    folder = cfg.hydra.sweep.dir if sweeps else cfg.hydra.run.dir
+    runs_in = OmegaConf.to_container(cfg.hydra.run, resolve=False)
+    if sweeps and runs_in == {"dir": "${output_dir}"} and given == {"output_dir"}:
+        if _first_value(f"output_dir={typed['output_dir']}") != f"output_dir={typed['output_dir']}":
+            fail(
+                f"output_dir={typed['output_dir']}: the runs of a sweep lie side by side in one "
+                "folder; give one."
+            )
+        argv.append(f"hydra.sweep.dir={typed['output_dir']}")
+        folder = cfg.output_dir
+    if folder == "." or any(a.startswith(("--cfg", "-c", "--info", "-i")) for a in argv):
+        return  # nothing is made, or it is there
+    try:
+        # One whose name holds the time is not made here: Hydra's may be a second later.
+        check_writable(Path(folder) if given else Path(folder).parent)
+    except UserError as error:
+        fail(str(error))
+
+
+@contextmanager
+def keep_warnings() -> Iterator[None]:
+    """Warnings go to the log file too."""
+    shown = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        shown(message, category, *where, **more)
+        keep(f"{category.__name__}: {message}", logging.WARNING)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
+def check_overrides(config_name: str, arguments: list[str]) -> DictConfig | None:
     """Compose the configuration once, so that a mistyped override fails with a hint.
 
     Sweeps are checked at the first value of each swept key. Hydra's own flags pass through.
+
+    Returns:
+        The configuration with Hydra's own; None where a flag asks for something else.
     """
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
     if any(a in ("--help", "-h", "--hydra-help", "--info", "--version") for a in arguments):
-        return
+        return None
     extra = _flag_value(arguments, "--config-dir", "-cd")
     if _flag_value(arguments, "--config-name", "-cn") or _flag_value(arguments, "--config-path"):
-        return
+        return None
     try:
         singles = [_first_value(o) for o in overrides]
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             if extra:
                 singles.append(f"hydra.searchpath=[{Path(extra).absolute().as_uri()}]")
-            hydra.compose(config_name, overrides=singles, return_hydra_config=True)
+            return hydra.compose(config_name, overrides=singles, return_hydra_config=True)
     except (HydraException, ConfigCompositionException) as error:
         fail(_with_hint(config_name, overrides, error))
     finally:
@@ -140,10 +197,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _near(word: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not near:  # a right last part in the wrong section: `momentum` for `method.momentum`
-        near = [k for k in known if k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:1]
+    known = sorted(known)
+    # A right last part in the wrong section first: `lr` is `method.lr`, not `logger`.
+    same = [k for k in known if k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(word, same, n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"Did you mean '{near[0]}'? " if near else ""
 
 

@@ -17,6 +17,24 @@ from wsss.nn import WSSSNetwork
 from wsss.pseudo import MultiScaleOutput, multi_scale
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+#: Lightning's other names of the same
+PRECISION_ALIASES = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def precision_name(value: object, key: str = "precision") -> str:
+    """The one of :data:`PRECISIONS` that a value means; ``bf16``, ``16`` and ``32`` are aliases.
+
+    Args:
+        value: as typed; a number too.
+        key: its name, for the message.
+
+    Raises:
+        UserError: none of them.
+    """
+    name = PRECISION_ALIASES.get(str(value), str(value))
+    if name not in PRECISIONS:
+        raise UserError(f"{key}='{value}': choose one of {', '.join(PRECISIONS)}.")
+    return name
 
 
 class Inference:
@@ -26,7 +44,7 @@ class Inference:
         method: with its weights.
         network: name of one of its networks (``an``, ``on``); None takes the one to deploy.
         device: ``cpu``, ``cuda``, ``cuda:1`` ... or ``auto``: the first GPU, else the CPU.
-        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
+        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``, or an alias of one.
         scales: of the segmentation logits, with flips; None takes the method's.
         cam_scales: of the CAMs, with flips; None takes the method's.
 
@@ -51,13 +69,11 @@ class Inference:
         networks = method.networks()
         if network is not None and network not in networks:
             raise UserError(f"network='{network}': this method has {', '.join(networks)}.")
-        if precision not in PRECISIONS:
-            raise UserError(f"precision='{precision}': choose one of {', '.join(PRECISIONS)}.")
+        self.precision = precision_name(precision)
         self.method = method
         self.network_name = network or next(iter(networks))
         self.device = find_device(device)
         self.network: WSSSNetwork = networks[self.network_name].to(self.device).eval()
-        self.precision = precision
         self.scales = tuple(scales or method.eval_scales)
         self.cam_scales = tuple(cam_scales or method.cam_scales)
         self.classes = method.classes
@@ -86,7 +102,7 @@ class Inference:
         content = read_checkpoint(path)
         config = saved_config(content, path)
         method = restore_method(content, config, path)
-        precision = precision or str(config.trainer.precision)
+        precision = precision or config.trainer.precision
         return cls(method, network, device, precision, scales, cam_scales)
 
     @torch.no_grad()

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 
 def make_loggers(cfg: DictConfig, output_dir: Path) -> list[Logger]:
     """CSV in the run folder, and W&B when ``cfg.logger.wandb`` is set."""
-    _keep_earlier(output_dir / "metrics.csv")
+    if getattr(rank_zero_only, "rank", 0) == 0:  # the one rank that writes
+        _keep_earlier(output_dir / "metrics.csv")
     loggers: list[Logger] = [
         CSVLogger(output_dir, name="", version="", flush_logs_every_n_steps=50)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,7 @@ class TrainProgress(RichProgressBar):
         return {
             name.removeprefix("loss/").removeprefix("threshold/"): value
             for name, value in items.items()
+            if not (isinstance(value, float) and math.isnan(value))  # a score without masks
         }
 
     def _get_train_description(self, current_epoch: int) -> str:

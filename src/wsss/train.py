@@ -28,18 +28,27 @@ from wsss.build import (
     leave_out_foreign_settings,
     method_class,
 )
-from wsss.callbacks.checkpoint import AtomicCheckpointIO, ResumableInterrupt
+from wsss.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, ResumableInterrupt
 from wsss.callbacks.pictures import PictureLogger
-from wsss.checkpoints import read_checkpoint
 from wsss.cli import hydra_command, nearest, quiet_libraries
 from wsss.environment import describe, write_environment
 from wsss.errors import UserError
 from wsss.files import check_writable
+from wsss.log import tell
 from wsss.loggers import make_loggers
 from wsss.methods.base import Method, check_classes
 from wsss.metrics.protocols import HEADLINES
 from wsss.progress import TrainProgress
 from wsss.report.tables import print_scores, write_image_scores, write_scores
+from wsss.resume import (
+    Resumed,
+    check_fits,
+    check_free,
+    find_checkpoint,
+    read_resumed,
+    start_anew,
+)
+from wsss.trainer_settings import check_trainer, device_settings
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +72,16 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     if left_out := leave_out_foreign_settings(cfg, overrides):
         log.info("Settings of another method, left out: %s", ", ".join(left_out))
+    check_trainer(cfg)
     check_writable(output_dir)
+    # One rank looks: another may start when the first has already written something.
+    first_rank = getattr(rank_zero_only, "rank", 0) == 0
+    if first_rank:
+        check_free(output_dir, cfg.ckpt, cfg.overwrite)
+    checkpoint = find_checkpoint(cfg.ckpt, output_dir)
+    resumed = None if checkpoint is None else read_resumed(checkpoint, cfg)
+    if first_rank:
+        tell_start(cfg.ckpt, output_dir, resumed)
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -73,23 +91,25 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
         data.setup("fit")
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    if data.about_masks is not None and getattr(rank_zero_only, "rank", 0) == 0:
-        print(f"Training masks: {data.about_masks}")
-    checkpoint = find_checkpoint(cfg.ckpt, output_dir)
-    resumed = None
-    if checkpoint is not None:
-        content = read_checkpoint(checkpoint)
-        check_classes(content, data.classes, str(checkpoint))
-        resumed = int(content["global_step"])
-        del content  # as large as network and optimizer together
+    if data.about_masks is not None and first_rank:
+        tell(f"Training masks: {data.about_masks}")
+    if resumed is not None:
+        check_classes(resumed.content, data.classes, str(checkpoint))
     network = build_network(cfg, data.num_classes, load_weights=checkpoint is None)
     method = build_method(cfg, network, data.classes)
+    step = None
+    if resumed is not None:
+        check_fits(resumed, method)
+        step = resumed.step
+        del resumed  # as large as network and optimizer together
+    if cfg.overwrite and first_rank:
+        start_anew(output_dir)  # here, where all that can be wrong with this run has been told
     trainer = make_trainer(cfg, method, output_dir)
     about = describe(
         cfg.trainer.precision,
         trainer.world_size,
         trainer.strategy.root_device.type == "cuda",
-        resumed,
+        step,
     )
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(method.run_config), output_dir / "config.yaml")
@@ -120,11 +140,11 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
             scored = f"only the image labels were scored ({name} {value})"
             if not method.evaluates_cam:
                 scored = "nothing was scored"
-            print(
+            tell(
                 f"Split '{data.val_split}' has no masks, so {scored} and best.ckpt is last.ckpt; "
                 "look at the pictures."
             )
-        print(f"Run folder: {output_dir}")
+        tell(f"Run folder: {output_dir}")
     return {k: v for k, v in found.items() if k.split("/")[0] in method.network_names}
 
 
@@ -150,6 +170,21 @@ def apply_variant(cfg: DictConfig) -> DictConfig:
     return merged
 
 
+def tell_start(ckpt: str | None, output_dir: Path, resumed: Resumed | None) -> None:
+    """Say which step a run goes on from, if ``ckpt`` asks for one, and what is not as it was."""
+    if resumed is not None:
+        where = output_dir if ckpt == "last" else resumed.path
+        tell(f"Resumes {where} at step {resumed.step}.")
+        if resumed.changed:
+            log.warning(
+                "Settings other than those that %s was trained with: %s",
+                resumed.path.name,
+                resumed.about_changes(),
+            )
+    elif ckpt is not None:
+        tell(f"{output_dir} has no checkpoint: starts at step 0.")
+
+
 def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer:
     """The Lightning trainer of ``cfg.trainer``, with callbacks, loggers and checkpoints."""
     t = cfg.trainer
@@ -162,7 +197,7 @@ def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         ),
-        ModelCheckpoint(
+        BestCheckpoint(
             folder,
             filename="best",
             monitor=method.monitor,
@@ -196,11 +231,7 @@ def make_trainer(cfg: DictConfig, method: Method, output_dir: Path) -> L.Trainer
     every = t.val_every_n_steps
     trainer = L.Trainer(
         max_steps=t.max_steps,
-        accelerator=t.accelerator,
-        devices=t.devices,
-        num_nodes=t.num_nodes,
-        strategy=t.strategy,
-        precision=t.precision,
+        **device_settings(cfg),
         accumulate_grad_batches=accumulate,
         gradient_clip_val=t.gradient_clip_val,
         sync_batchnorm=t.sync_batchnorm and torch.cuda.is_available(),
@@ -234,25 +265,6 @@ def keep_best(folder: Path, trainer: L.Trainer, monitor: str) -> None:
         part = folder / ".best.ckpt.part"
         shutil.copyfile(folder / "last.ckpt", part)
         part.replace(folder / "best.ckpt")
-
-
-def find_checkpoint(ckpt: str | None, output_dir: Path) -> Path | None:
-    """The file that ``ckpt=`` means; ``last`` is the run folder's own, if it exists.
-
-    Raises:
-        UserError: no such file.
-    """
-    if ckpt is None:
-        return None
-    if ckpt == "last":
-        path = output_dir / "checkpoints" / "last.ckpt"
-        return path if path.exists() else None
-    path = Path(ckpt)
-    if not path.is_file():
-        near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        hint = f" There are: {', '.join(p.name for p in near)}." if near else ""
-        raise UserError(f"ckpt='{ckpt}': no such file.{hint}")
-    return path
 
 
 def main() -> None:

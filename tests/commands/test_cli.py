@@ -12,13 +12,14 @@ from omegaconf import OmegaConf
 
 from tests.commands.conftest import Run, compose
 from wsss.build import (
+    build_data,
     build_method,
     build_network,
     leave_out_foreign_settings,
     method_class,
     settings_of,
 )
-from wsss.cli import check_overrides, config_dir
+from wsss.cli import check_overrides, config_dir, prepare_folder
 from wsss.errors import UserError
 
 EXPERIMENTS = sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml"))
@@ -147,6 +148,8 @@ def test_views_of_full_supervision_are_the_usual_ones_unless_told() -> None:
     [
         ("method.momentm=0.9", "Did you mean 'method.momentum'"),
         ("momentum=0.9", "Did you mean 'method.momentum'"),
+        ("lr=1", "Did you mean 'method.lr'"),
+        ("max_steps=3", "Did you mean 'trainer.max_steps'"),
         ("method=coza", "Did you mean 'cosa'"),
         ("experiment=cosa_vok", "Did you mean 'cosa_voc'"),
         ("trainer.max_step=3", "Did you mean 'trainer.max_steps'"),
@@ -170,6 +173,64 @@ def test_mistakes_end_with_code_2_and_no_traceback(run: Run, tmp_path: Path) -> 
     done = run("train", "experiment=cosa_voc", code=2)
     assert "data.root is not set" in done.stderr
     assert "Traceback" not in done.stderr
+    (log,) = tmp_path.rglob("train.log")
+    assert "data.root is not set" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [("folder", "holds images/ and labels.csv"), ("voc", "holds JPEGImages"), ("acdc", "ACDC")],
+)
+def test_a_missing_root_says_what_the_layout_wants(data: str, hint: str) -> None:
+    cfg = compose("train", ["experiment=cosa_voc", f"data={data}"])
+    with pytest.raises(UserError, match=rf"^data\.root is not set: give the .*{hint}"):
+        build_data(cfg)
+
+
+@pytest.mark.parametrize("more", [[], ["-m"]])
+def test_folder_that_cannot_be_made(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hydra would make it before the command starts."""
+    (tmp_path / "file").write_text("x")
+    argv = ["train", *more, f"output_dir={tmp_path}/file/run"]
+    cfg = check_overrides("train", argv[1:])
+    assert cfg is not None
+    with pytest.raises(SystemExit) as stop:
+        prepare_folder(cfg, argv)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: output_dir='{tmp_path}/file/run' cannot be written (Not a dir")
+
+
+def test_showing_the_settings_makes_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for argv in (["train", "--cfg", "job", "output_dir=a"], ["train", "--info"], ["train", "-h"]):
+        if (cfg := check_overrides("train", argv[1:])) is not None:
+            prepare_folder(cfg, argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_goes_where_output_dir_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def prepared(*arguments: str) -> list[str]:
+        argv = ["train", *arguments]
+        cfg = check_overrides("train", argv[1:])
+        assert cfg is not None
+        prepare_folder(cfg, argv)
+        return argv[1 + len(arguments) :]
+
+    assert prepared("-m", "output_dir=runs/a", "seed=0,1") == ["hydra.sweep.dir=runs/a"]
+    assert prepared("-m", "output_dir=runs/a", "hydra.sweep.dir=b") == []
+    assert prepared("output_dir=runs/a") == prepared("-m", "seed=0,1") == []
+    with pytest.raises(SystemExit):
+        prepared("-m", "output_dir=a,b")
+    assert "output_dir=a,b: the runs of a sweep lie" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

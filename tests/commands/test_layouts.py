@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.commands.conftest import TINY, Run, compose
+from wsss.checkpoints import find_checkpoint
 from wsss.data.shapes import generate
 from wsss.errors import UserError
 from wsss.evaluate import evaluate
@@ -117,6 +118,18 @@ def test_a_folder_without_masks_trains_and_draws(run: Run, tmp_path: Path) -> No
     cfg = compose("evaluate", [f"checkpoint={out}/checkpoints/last.ckpt", "threads=1"])
     with pytest.raises(UserError, match=r"split 'val' of .* has no masks"):
         evaluate(cfg)
+
+
+def test_without_masks_the_first_validation_is_not_the_best(tmp_path: Path) -> None:
+    """Nothing tells which weights are best: while the run goes on its last ones stand for it."""
+    overrides = tree(tmp_path / "data", "folder")
+    shutil.rmtree(tmp_path / "data/masks")
+    (tmp_path / "data/shapes.json").unlink()
+    overrides = ["experiment=cosa_shapes", "data=folder", *overrides[2:]]
+    steps = ["trainer.val_every_n_steps=2", "trainer.save_every_n_steps=1", "evaluate=false"]
+    train(compose("train", [*overrides, *steps]), tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["last.ckpt"]
+    assert find_checkpoint(tmp_path / "run").name == "last.ckpt"
 
 
 @pytest.mark.parametrize(("data", "folder"), [("coco", "coco_mini"), ("acdc", "acdc_mini")])

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from tests.commands.conftest import Run, command_environment, compose
 from wsss.addons import Step
+from wsss.callbacks.checkpoint import BestCheckpoint
 from wsss.errors import UserError
 from wsss.methods import CoSA
 from wsss.train import train
@@ -205,15 +208,29 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny: list[str], tmp_path: Path) ->
     assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
 
 
-def test_sweep_leaves_runs_side_by_side(run: Run, tiny: list[str], tmp_path: Path) -> None:
+def test_sweep_leaves_runs_side_by_side_and_resumes(
+    run: Run, tiny: list[str], tmp_path: Path
+) -> None:
     few = [o for o in tiny if not o.startswith("trainer.max_steps")]
-    run("train", "-m", *few, "method.momentum=0.99,0.995", "trainer.max_steps=3", "evaluate=false")
-    runs = sorted((tmp_path / "outputs").rglob("last.ckpt"))
-    assert len(runs) == 2
-    momenta = [
-        torch.load(path, weights_only=True)["wsss"]["config"]["method"]["momentum"] for path in runs
-    ]
-    assert momenta == [0.99, 0.995]
+    sweep = ["-m", *few, "method.momentum=0.99,0.995", "evaluate=false", "output_dir=runs"]
+    run("train", *sweep, "trainer.max_steps=2")
+
+    def runs() -> list[tuple[str, float, int]]:
+        found = []
+        for path in sorted(tmp_path.rglob("last.ckpt")):
+            content = torch.load(path, weights_only=True)
+            momentum = content["wsss"]["config"]["method"]["momentum"]
+            folder = path.parents[1].relative_to(tmp_path).as_posix()
+            found.append((folder, momentum, content["global_step"]))
+        return found
+
+    assert runs() == [("runs/0", 0.99, 2), ("runs/1", 0.995, 2)]
+    assert "holds a run at step 2" in run("train", *sweep, "trainer.max_steps=3", code=2).stderr
+    run("train", *sweep, "trainer.max_steps=3", "ckpt=last")
+    assert runs() == [("runs/0", 0.99, 3), ("runs/1", 0.995, 3)]
+    log = (tmp_path / "runs/1/train.log").read_text()
+    for line in ("runs/1 at step 2.", "[WARNING] - Settings other than", "max_steps=3 (was 2)"):
+        assert line in log
 
 
 def test_nan_loss_names_the_term_and_keeps_the_checkpoint(
@@ -334,3 +351,51 @@ def test_no_steps_are_kept_unless_asked_for(tiny: list[str], tmp_path: Path) -> 
     train(compose("train", [*tiny, *more]), tmp_path)
     names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert names == {"last.ckpt", "best.ckpt"}
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [*tiny, "trainer.max_steps=2", "evaluate=false"]
+    train(compose("train", few), tmp_path)
+    kept = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
+    wanted = r"holds a run at step 2: ckpt=last goes on with it; .*overwrite=true, starts anew"
+    with pytest.raises(UserError, match=wanted):
+        train(compose("train", [*few, "data.root=nowhere"]), tmp_path)  # told before that mistake
+    for ckpt in ("last", f"'{tmp_path}/checkpoints/last.ckpt'"):
+        with pytest.raises(UserError, match="leave out one of them"):
+            train(compose("train", [*few, "overwrite=true", f"ckpt={ckpt}"]), tmp_path)
+    with pytest.raises(UserError, match="nowhere"):  # a mistake costs nothing
+        train(compose("train", [*few, "overwrite=true", "data.root=nowhere"]), tmp_path)
+    assert kept == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
+
+    # Another rank may start when the first has saved already.
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with pytest.raises(UserError, match="nowhere"):
+        train(compose("train", [*few, "data.root=nowhere"]), tmp_path)
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(tiny: list[str], tmp_path: Path) -> None:
+    few = [*tiny, "trainer.max_steps=2"]
+    train(compose("train", [*few, "trainer.keep_every_n_steps=1", "pictures=1"]), tmp_path)
+    for name in ("metrics.csv", "metrics.1.csv"):
+        (tmp_path / name).write_text("step\n1\n")
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions/a.png").write_text("of another command")
+    assert list((tmp_path / "pictures").iterdir())
+    assert (tmp_path / "scores.json").is_file()
+    train(compose("train", [*few, "overwrite=true", "evaluate=false", "seed=3"]), tmp_path)
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == {
+        "checkpoints/last.ckpt",
+        "config.yaml",
+        "environment.json",
+        "predictions/a.png",
+    }
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["wsss"]["config"]["seed"] == 3
+
+
+def test_the_best_score_of_earlier_checkpoints_is_found() -> None:
+    """They hold it under the name of Lightning's class."""
+    same = {"monitor": "a", "mode": "max", "save_on_train_epoch_end": False}
+    assert BestCheckpoint(**same).state_key == ModelCheckpoint(**same).state_key  # type: ignore[arg-type]

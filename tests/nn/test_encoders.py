@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from omegaconf import OmegaConf
 
 from wsss.errors import UserError
@@ -71,8 +73,6 @@ def test_is_vit(name: str, expected: bool) -> None:
 
 def test_is_vit_makes_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """One block on the meta device; all of them only where a ViT takes no other number."""
-    import timm
-
     asked: list[int | None] = []
     create = timm.create_model
     refuse = False
@@ -114,8 +114,6 @@ def test_options_arrive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
 def test_pretrained_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm
-
     asked = []
     create = timm.create_model
 
@@ -175,3 +173,18 @@ def test_config_files(file: str, kind: type, millions: float, stride: int) -> No
     assert encoder.patch_size == (stride, stride)
     assert encoder.early_dim == encoder.stage_dims[-2]
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_weights_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **options: Any) -> Any:
+        if pretrained:
+            raise LocalEntryNotFoundError("after five retries")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    wanted = rf"cannot fetch the weights of {name} .*: give backbone\.weights=FILE, or"
+    with pytest.raises(UserError, match=wanted):
+        make_encoder(name, pretrained=True)

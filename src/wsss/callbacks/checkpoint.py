@@ -12,7 +12,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from wsss.log import tell
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -40,6 +42,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path, map_location=map_location or "cpu", weights_only=True
         )
         return content
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the best validation, of those that have a score.
+
+    Lightning takes NaN, the score of images without masks, for a first best one: those weights
+    would stand for the run until it ends.
+    """
+
+    @property
+    def state_key(self) -> str:
+        # Lightning's own class wrote it into earlier checkpoints.
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        score = trainer.callback_metrics.get(str(self.monitor))
+        if score is None or not score.isnan():
+            super().on_validation_end(trainer, pl_module)
 
 
 class ResumableInterrupt(Checkpoint):
@@ -90,7 +110,7 @@ class ResumableInterrupt(Checkpoint):
             self.interrupted = True
             trainer.save_checkpoint(self.path, weights_only=False)
             if trainer.is_global_zero:
-                print(f"Stopped at step {trainer.global_step}. Resume with: ckpt={self.path}")
+                tell(f"Stopped at step {trainer.global_step}. Resume with: ckpt={self.path}")
             trainer.should_stop = True
             trainer.limit_val_batches = 0
 

@@ -97,7 +97,8 @@ class ACDC(Layout):
     def download(cls, root: str | os.PathLike[str], **options: Any) -> Path:
         raise DatasetError(f"download=true: {ACDC_SOURCE}")
 
-    def root_hint(self) -> str:
+    @staticmethod
+    def root_hint() -> str:
         return "the ACDC folder, the one that holds training/ or the .h5 slices"
 
     def options(self) -> dict[str, Any]:

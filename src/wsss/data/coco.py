@@ -104,7 +104,8 @@ class COCO(Layout):
     def _json(self, split: str, year: int | None = None) -> Path:
         return self.root / f"annotations/instances_{split}{year or self.year}.json"
 
-    def root_hint(self) -> str:
+    @staticmethod
+    def root_hint() -> str:
         return "the COCO folder, the one that holds annotations"
 
     def options(self) -> dict[str, Any]:

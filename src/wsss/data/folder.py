@@ -78,7 +78,8 @@ class Folder(Layout):
             self._labels_file = self.root / self._labels_file  # which keeps an absolute path
         self._val_fraction = val_fraction
 
-    def root_hint(self) -> str:
+    @staticmethod
+    def root_hint() -> str:
         return "the folder that holds images/ and labels.csv"
 
     def options(self) -> dict[str, Any]:

@@ -174,7 +174,8 @@ class Layout(ABC):
             if isinstance(getattr(type(self), name, None), cached_property):
                 del self.__dict__[name]
 
-    def root_hint(self) -> str:
+    @staticmethod
+    def root_hint() -> str:
         """What ``data.root`` should be, for error messages."""
         return "the data set's folder"
 

@@ -154,7 +154,8 @@ class VOC(Layout):
     def _class_index(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.classes)}
 
-    def root_hint(self) -> str:
+    @staticmethod
+    def root_hint() -> str:
         return "the VOC2012 folder, the one that holds JPEGImages"
 
     def options(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss.errors import UserError
-from wsss.nn.encoder import load_strictly, read_tensors, require_timm_name
+from wsss.nn.encoder import create_timm, load_strictly, read_tensors, require_timm_name
 from wsss.nn.pyramid import PyramidEncoder
 
 # Options of timm's features_only form that whole models of some families do not have.
@@ -45,7 +45,8 @@ class CNNEncoder(PyramidEncoder):
 
     Raises:
         UserError: unknown model, one that does not give the features of its stages or has another
-            stride, ``early_block`` out of range, or weights that belong to another model.
+            stride, ``early_block`` out of range, or weights that belong to another model or cannot
+            be fetched.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class CNNEncoder(PyramidEncoder):
             freeze_bn,
         )
         self.pads = self._needs_padding(blank)
-        self.features: Any = timm.create_model(name, pretrained=pretrained, **options)
+        self.features: Any = create_timm(name, pretrained, **options)
         if weights is not None:
             load_cnn_weights(self.features, name, Path(weights), options)
         self._freeze_norms()

@@ -46,7 +46,7 @@ class ViTEncoder(nn.Module):
 
     Raises:
         UserError: unknown model, a model without patch tokens, ``early_block`` out of range,
-            or weights that belong to another model.
+            or weights that belong to another model or cannot be fetched.
     """
 
     mean: Tensor
@@ -161,11 +161,28 @@ def _missing_parts(model: nn.Module) -> list[str]:
     return [part for part in parts if not hasattr(model, part)]
 
 
+def create_timm(name: str, pretrained: bool, **options: Any) -> Any:
+    """``timm.create_model``, whose weights come from a hub.
+
+    Raises:
+        UserError: they cannot be fetched.
+    """
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except OSError as error:  # no network, a hub that refuses, a cache without the file
+        if not pretrained:
+            raise
+        raise UserError(
+            f"cannot fetch the weights of {name} ({type(error).__name__}): give "
+            "backbone.weights=FILE, or backbone.pretrained=false to train from scratch."
+        ) from error
+
+
 def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
     require_timm_name(name)
     options = {"dynamic_img_size": True} | kwargs
     try:
-        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        vit = create_timm(name, pretrained, num_classes=0, **options)
     except TypeError as error:
         raise UserError(
             f"backbone.name='{name}' does not take {sorted(options)} ({error}): "

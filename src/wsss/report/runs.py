@@ -16,7 +16,7 @@ from omegaconf import ListConfig, OmegaConf
 from wsss.errors import UserError
 
 #: what may differ between runs that count as seeds of one experiment
-SEED_KEYS = ("seed", "name", "output_dir", "ckpt", "logger", "pictures", "evaluate")
+SEED_KEYS = ("seed", "name", "output_dir", "overwrite", "ckpt", "logger", "pictures", "evaluate")
 
 
 @dataclass
