@@ -77,6 +77,9 @@ def test_another_network_names_tensor_and_setting(
     said = refused(run, shapes_root, tmp_path, "neck=uncertainty")
     assert "'network.neck." in said
     assert "is not in the checkpoint. It was trained with neck=None" in said
+    said = refused(run, shapes_root, tmp_path, "method.threshold=0.4", "method.c2s_weight=1")
+    assert "'threshold." in said
+    assert "this run has method.threshold=0.4: set it so" in said
     said = refused(run, shapes_root, tmp_path, "method.optimizer=sgd")
     assert "method.optimizer=adamw, this run has method.optimizer=sgd" in said
 

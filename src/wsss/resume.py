@@ -15,7 +15,7 @@ from wsss.build import method_class, plain_config
 from wsss.checkpoints import read_checkpoint, saved_config
 from wsss.errors import UserError
 from wsss.inference import PRECISION_ALIASES
-from wsss.methods.base import Method
+from wsss.methods.base import CHECKPOINT_KEY, Method
 
 #: what a training writes into its folder; what other commands put there stays
 WRITTEN = (
@@ -55,7 +55,7 @@ class Resumed:
 
     Attributes:
         path: its file.
-        content: of it.
+        content: its tensors, its step and what it says of its run.
         changed: settings of this run that are not the checkpoint's: key, value there, value here.
     """
 
@@ -161,6 +161,8 @@ def read_resumed(path: Path, cfg: DictConfig) -> Resumed:
             f"ckpt='{path}' was trained with method={then}, this run is method={now}: choose "
             f"method={then}, or another ckpt."
         )
+    # Without the optimizer's state, twice as large as the networks, which Lightning reads itself.
+    content = {key: content[key] for key in (CHECKPOINT_KEY, "state_dict", "global_step")}
     resumed = Resumed(path, content, changed_settings(plain_config(saved), plain_config(cfg)))
     for key, old, new in resumed.changed:
         if key == "method.optimizer":
@@ -253,7 +255,8 @@ def _likely_fault(name: str, changed: list[tuple[str, Any, Any]]) -> str:
     own = [key for key in settings if key == group or key.startswith(f"{group}.")]
     # A part that is there for a setting of another group: MCTformer's tokens, say.
     others = [key for key in settings if key.startswith(("backbone.", "method.", "view."))]
-    key = f"{group}.name" if f"{group}.name" in own else next(iter([*own, *others]), None)
+    named = [key for key in own if key.rpartition(".")[2] in ("name", *name.split("."))]
+    key = next(iter([*named, *own, *others]), None)
     if key is None:
         return "It may be of another version of wsss: use that one, or another ckpt."
     then, now = settings[key]

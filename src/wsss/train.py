@@ -101,7 +101,7 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     if resumed is not None:
         check_fits(resumed, method)
         step = resumed.step
-        del resumed  # as large as network and optimizer together
+        del resumed  # as large as the networks
     if cfg.overwrite and first_rank:
         start_anew(output_dir)  # here, where all that can be wrong with this run has been told
     trainer = make_trainer(cfg, method, output_dir)
