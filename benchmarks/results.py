@@ -44,7 +44,7 @@ import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from wsss.build import leave_out_foreign_settings
+from wsss.build import leave_out_foreign_settings, method_class
 from wsss.cli import config_dir
 from wsss.files import write_atomically
 from wsss.train import apply_variant
@@ -70,6 +70,8 @@ BOUND = "supervised"
 COMPARED = ("method", "view", "backbone", "decoder", "neck", "addon", "trainer", "data")
 #: keys that do not: where things lie, and what says the same as another
 IGNORED = ("data.root", "data.masks", "backbone.weights", "data.view.", "data.seed")
+#: keys that do nothing where a method has no CAM
+OF_CAMS = ("method.cam_scales", "method.cpl_threshold")
 #: what a recorded run has its row's fingerprint under
 SETTINGS = "settings"
 console = Console(highlight=False, soft_wrap=True)
@@ -350,7 +352,8 @@ def compared_settings(row: Row) -> dict[str, Any]:
         for group in COMPARED
         if cfg[group] is not None  # no add-on, say
     }
-    return {key: value for key, value in flat(groups).items() if not key.startswith(IGNORED)}
+    ignored = IGNORED if method_class(cfg).evaluates_cam else (*IGNORED, *OF_CAMS)
+    return {key: value for key, value in flat(groups).items() if not key.startswith(ignored)}
 
 
 def fingerprint(row: Row) -> str:

@@ -327,6 +327,10 @@ def test_a_run_of_other_settings_is_left_out(
     cfg = compose("train", [*row.settings, "data.root=/elsewhere", "seed=3"])
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     assert folder.name in results.update_record(record, [row], tmp_path)
+    cfg.method.cam_scales = [1.0, 2.0]  # of CAMs that it does not have
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    assert folder.name in results.update_record(record, [row], tmp_path)
+    assert "trained with" not in capsys.readouterr().out
     cfg.view.blur = 0.5
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     record.unlink()
