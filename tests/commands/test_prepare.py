@@ -307,7 +307,7 @@ def test_a_split_that_nobody_asked_for_may_be_broken(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data=folder"], r"data\.root is not set: give the data set's folder"),
+        (["data=folder"], r"data\.root is not set: give the folder that holds images"),
         (["data=folder", "data.root={root}", "data.on_error=no"], r"data\.on_error='no': expected"),
         (["data=folder", "data.root={root}", "data.val_split=vl"], r"split 'vl' .*: there are tra"),
         (["data=folder", "data.root={root}", "data.dataset.val_fraction=2"], r"val_fraction=2"),
