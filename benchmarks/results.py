@@ -44,7 +44,7 @@ import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from wsss.build import leave_out_foreign_settings, method_class
+from wsss.build import flat_settings, leave_out_foreign_settings, method_class
 from wsss.cli import config_dir
 from wsss.files import write_atomically
 from wsss.train import apply_variant
@@ -332,7 +332,7 @@ def changed_settings(row: Row, folder: Path) -> list[str]:
     file = folder / "config.yaml"
     if not file.is_file():
         return changed
-    then = flat(yaml.safe_load(file.read_text()))
+    then = flat_settings(yaml.safe_load(file.read_text()))
     return changed + [
         f"{key}={then[key]}, not {value}"
         for key, value in compared_settings(row).items()
@@ -353,7 +353,9 @@ def compared_settings(row: Row) -> dict[str, Any]:
         if cfg[group] is not None  # no add-on, say
     }
     ignored = IGNORED if method_class(cfg).evaluates_cam else (*IGNORED, *OF_CAMS)
-    return {key: value for key, value in flat(groups).items() if not key.startswith(ignored)}
+    return {
+        key: value for key, value in flat_settings(groups).items() if not key.startswith(ignored)
+    }
 
 
 def fingerprint(row: Row) -> str:
@@ -372,17 +374,6 @@ def fingerprint(row: Row) -> str:
 def is_of_other_settings(run: dict[str, Any], row: Row) -> bool:
     """Of a recorded run; one of before there were fingerprints is not."""
     return SETTINGS in run and run[SETTINGS] != fingerprint(row)
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their keys with dots."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def write_tables(path: Path, rows: Sequence[Row], runs: Runs) -> None:

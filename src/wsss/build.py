@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -182,6 +182,17 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
         if plain.get("data", {}).get(key) not in (None, "???"):
             plain["data"][key] = str(Path(plain["data"][key]).expanduser().absolute())
     return plain
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their keys with dots."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat_settings(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 class _readable:

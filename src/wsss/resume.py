@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from torch import Tensor
 
-from wsss.build import method_class, plain_config
+from wsss.build import flat_settings, method_class, plain_config
 from wsss.checkpoints import read_checkpoint, saved_config
 from wsss.errors import UserError
 from wsss.inference import PRECISION_ALIASES
@@ -202,7 +202,9 @@ def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tu
     """
     found = []
     for group in COMPARED:
-        old, new = (_flat(config.get(group), group) for config in (then, now))
+        # None: no add-on, say.
+        parts = [{group: it} for it in (then.get(group), now.get(group))]
+        old, new = ({} if part[group] is None else flat_settings(part) for part in parts)
         for key in dict.fromkeys([*old, *new]):
             part, _, last = key.rpartition(".")
             if key.startswith(IGNORED) or (group == "trainer" and last not in TRAINER):
@@ -213,19 +215,6 @@ def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tu
                     found.append((key, old[key], new[key]))
             elif last == "_target_":
                 found.append((part, old.get(key), new.get(key)))
-    return found
-
-
-def _flat(value: Any, prefix: str) -> dict[str, Any]:
-    """Nested settings by their keys with dots."""
-    if not isinstance(value, Mapping):
-        return {} if value is None else {prefix: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            found |= _flat(inner, f"{prefix}.{key}")
-        else:
-            found[f"{prefix}.{key}"] = inner
     return found
 
 
