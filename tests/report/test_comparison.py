@@ -6,6 +6,7 @@ import csv
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from tests.report.made import run
@@ -92,14 +93,14 @@ def test_terminal_has_the_settings_in_one_column() -> None:
     runs[0].content["name"] = runs[1].content["name"] = "[bold]cosa"
     for made in (runs[0], runs[2]):
         made.config["method"]["csc_weight"] = 0.1
-    console.print(rich_table(runs))
+    console.print(rich_table(runs, console))
     text = console.export_text()
     assert "settings" in text
     assert "csc_weight=0.1" in text
     assert "method.csc_weight" not in text
     assert "[bold]cosa" in text
     assert "=-" not in text
-    console.print(rich_table([run("cam")]))
+    console.print(rich_table([run("cam")], console))
     assert "settings" not in console.export_text()
 
 
@@ -110,12 +111,29 @@ def test_terminal_names_a_sweep_s_variants_alone() -> None:
         for v in ("full", "no_raw")
         for seed in (0, 1)
     ]
-    console.print(rich_table(runs))
+    console.print(rich_table(runs, console))
     text = console.export_text()
     assert "+- 1.41" in text
     assert "variant=full" in text
     assert "raw=" not in text
     assert table_rows(runs, [])[0] == ["run", "method", "variant", "method.raw", "seed", "steps"]
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_terminal_leaves_contours_out_rather_than_break_words(width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    runs = [run("cosa"), run("cam")]
+    for made in runs:
+        made.content["name"] = f"{made.method}_by_name"
+        for network in ("an", "on"):
+            for score in ("seg/miou", "cpl/miou", "cpl/boundary_f", "cpl/jf"):
+                made.content["scores"][f"{network}/{score}_ms_flip"] = 50.0
+    console.print(rich_table(runs, console))
+    text = console.export_text()
+    assert "cosa_by_name" in text
+    assert "an/seg/" in text
+    assert "on/cpl/" in text
+    assert ("boundary_f" in text) == ("table.md" not in text) == (width == 140)
 
 
 def test_markdown_and_csv() -> None:

@@ -67,7 +67,7 @@ def report(cfg: DictConfig) -> list[Path]:
     console = Console()
     names = score_names(runs)
     header, rows = table_rows(runs, main_scores(names))
-    console.print(rich_table(runs))
+    console.print(rich_table(runs, console))
     lines = comparisons(runs)
     if unfinished:
         lines.append(

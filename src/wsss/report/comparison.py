@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAVY
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -24,14 +25,14 @@ from wsss.report.runs import (
 )
 from wsss.report.tables import PROTOCOL_ORDER, number
 
-#: scores of the printed table, narrow enough for a terminal; the CSV has all
-MAIN_SCORES = (
+#: scores of a printed table where width is short
+HEADLINES = (
     "seg/miou_ms_flip",
     "cpl/miou_ms_flip",
-    "cpl/boundary_f_ms_flip",  # this and J&F where they were taken
-    "cpl/jf_ms_flip",
     "affinity/balanced_accuracy",  # AffinityNet has no other
 )
+#: scores of the tables to read; the CSV has all
+MAIN_SCORES = (*HEADLINES, "cpl/boundary_f_ms_flip", "cpl/jf_ms_flip")
 #: settings that say which images were scored
 SCORED_ON = ("data.root", "data.val_split", "data.max_val_images")
 
@@ -53,7 +54,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def main_scores(names: Iterable[str]) -> list[str]:
-    """Those of the printed table."""
+    """Those of the tables to read, in the order given."""
     return [name for name in names if name.split("/", 1)[1] in MAIN_SCORES]
 
 
@@ -106,9 +107,23 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(kept):.2f} +- {statistics.stdev(kept):.2f}"
 
 
-def rich_table(runs: Sequence[Run]) -> Table:
-    """The main scores for the terminal: settings in one column, deviations on their own lines."""
-    header, rows = table_rows(runs, main_scores(score_names(runs)))
+def rich_table(runs: Sequence[Run], console: Console) -> Table:
+    """The main scores for the terminal: settings in one column, deviations on their own lines.
+
+    Without those of contours where the console has no room for all.
+    """
+    names = main_scores(score_names(runs))
+    table = _rich_table(runs, names)
+    headlines = [name for name in names if name.split("/", 1)[1] in HEADLINES]
+    unbounded = console.options.update(max_width=10_000)
+    if headlines != names and console.measure(table, options=unbounded).maximum > console.width:
+        table = _rich_table(runs, headlines)
+        table.caption, table.caption_justify = "contours: table.md", "left"
+    return table
+
+
+def _rich_table(runs: Sequence[Run], scores: Sequence[str]) -> Table:
+    header, rows = table_rows(runs, scores)
     first, last = 2, header.index("seed")
     naming = naming_settings(runs)
     shown = [i for i in range(first, last) if header[i] in naming]
