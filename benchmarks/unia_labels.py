@@ -2,6 +2,7 @@
 
     python benchmarks/unia_labels.py outputs/unia_voc_mini/<time> --images 160
     python benchmarks/unia_labels.py <run>/checkpoints/step_000450.ckpt --cam early
+    python benchmarks/unia_labels.py <run> --affinity
 
 Labels are made of the CAMs of a checkpoint (of any method on a plain ViT), without augmentation,
 for validation images with masks: the CAM itself with its two thresholds, after PAR, and UniA's P1,
@@ -10,12 +11,17 @@ run's, where it has any, else the published ones; the title names them. The tabl
 recall of the foreground, as a mean over the classes that occur and over all pixels, and those of
 the background. A tag without a pixel is a class that an image holds and that its label does not
 have: it needs no mask to be seen.
+
+``--affinity`` shows instead what the random walk relies on: how large the affinity (eq. 11) is
+between positions of equal and of unequal truth, for each block apart and for all. A uniform one is
+1; without a position's affinity to itself.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -26,16 +32,16 @@ from torch import Tensor
 
 from wsss.build import build_data
 from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
-from wsss.data.batch import to_unit_range
+from wsss.data.batch import EvalBatch, to_unit_range
 from wsss.data.datamodule import WSSSDataModule
 from wsss.inference import Inference
 from wsss.methods import UniA
 from wsss.methods.base import Method
-from wsss.nn.attention import Blocks
+from wsss.nn.attention import Blocks, choose_blocks
 from wsss.pseudo import MutualRefinement, two_threshold_label
 from wsss.pseudo.labels import IGNORE_INDEX
 from wsss.report.unia import affinity_of, refinement_of
-from wsss.resize import nearest
+from wsss.resize import cell_centres, nearest
 
 
 @dataclass
@@ -87,6 +93,7 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", help="a run's folder or a checkpoint in it")
     parser.add_argument("--cam", choices=("final", "early"), default="final")
+    parser.add_argument("--affinity", action="store_true", help="whose positions attend to whom")
     parser.add_argument("--images", type=int, default=160)
     parser.add_argument("--data-root", help="where the data is, if not where the run had it")
     parser.add_argument("--device", default="cpu")
@@ -102,6 +109,9 @@ def main() -> None:
     inference = Inference(restore_method(content, config, path), device=arguments.device)
     data = build_data(config)
     data.setup("validate")
+    if arguments.affinity:
+        print_affinities(affinities(inference, data, arguments.images))
+        return
     counts = count(inference, data, arguments.cam == "early", arguments.images)
     table = Table(
         title=f"step {content['global_step']}, {inference.network_name}, {arguments.cam} CAM; "
@@ -149,11 +159,7 @@ def count(
     counts: dict[str, Counts] = defaultdict(lambda: Counts(len(inference.classes)))
     method = inference.method
     printed, stretched = refinement(method, False), refinement(method, True)
-    seen = 0
-    total = -(-images // data.eval_batch_size)
-    for batch in track(
-        data.val_dataloader(), "labels", total=total, console=Console(stderr=True), transient=True
-    ):
+    for batch, kept in batches(data, images, "labels"):
         pixels = to_unit_range(batch.images.to(inference.device))
         tags = batch.labels.to(inference.device)
         made = inference(pixels, segmentation=False, labels=tags)
@@ -166,14 +172,77 @@ def count(
             for part, label in zip(("P1", "P2", "P3", "P"), mutual, strict=True):
                 labels[f"{part}{name}"] = label
         labels.pop("P1*")  # nothing is averaged there
-        for i, mask in enumerate(batch.masks[: images - seen]):
+        for i, mask in enumerate(batch.masks[:kept]):
             for name, label in labels.items():
                 own = nearest(label[i][None].cpu(), *mask.shape)[0]
                 counts[name].update(own, mask, batch.labels[i])
+    return dict(counts)
+
+
+def batches(data: WSSSDataModule, images: int, title: str) -> Iterator[tuple[EvalBatch, int]]:
+    """The first validation images, with how many of each batch's are among them."""
+    total, seen = -(-images // data.eval_batch_size), 0
+    shown = Console(stderr=True)
+    for batch in track(data.val_dataloader(), title, total=total, console=shown, transient=True):
+        yield batch, images - seen
         seen += len(batch.masks)
         if seen >= images:
-            break
-    return dict(counts)
+            return
+
+
+#: columns of the table of affinities: whose, and to whom
+PAIRS = (
+    "object to its class",
+    "object to others",
+    "background to background",
+    "background to objects",
+)
+
+
+@torch.inference_mode()
+def affinities(inference: Inference, data: WSSSDataModule, images: int) -> dict[str, list[float]]:
+    """Mean affinity of the pairs above in units of a uniform one, by block and for all."""
+    network = inference.network
+    single = choose_blocks(network.encoder, "all")
+    chosen: dict[str, Blocks] = {str(b): [b] for b in single} | {"all": "all"}
+    sums = {name: torch.zeros(len(PAIRS), dtype=torch.float64) for name in chosen}
+    counts = torch.zeros(len(PAIRS), dtype=torch.float64)
+    for batch, kept in batches(data, images, "affinity"):
+        pixels = to_unit_range(batch.images.to(inference.device))
+        made = {name: affinity_of(network, pixels, blocks) for name, blocks in chosen.items()}
+        for i, mask in enumerate(batch.masks[:kept]):
+            truth = cell_centres(mask, made["all"][1]).flatten()
+            pairs = kinds_of_pairs(truth)
+            counts += pairs.sum((1, 2))
+            for name, (affinity, _) in made.items():
+                relative = affinity[i].double().cpu() * len(truth)
+                sums[name] += (relative * pairs).sum((1, 2))
+    return {name: (total / counts).tolist() for name, total in sums.items()}
+
+
+def kinds_of_pairs(truth: Tensor) -> Tensor:
+    """Which pairs are of which kind: classes of positions (N,) to bool (4, N, N), in PAIRS' order.
+
+    None of a position with itself, and none of one without a known class.
+    """
+    known, background = truth != IGNORE_INDEX, truth == 0
+    equal = truth[:, None] == truth[None]
+    some = known[:, None] & known[None] & ~torch.eye(len(truth), dtype=torch.bool)
+    of_object, of_background = some & ~background[:, None], some & background[:, None]
+    return torch.stack(
+        (of_object & equal, of_object & ~equal, of_background & equal, of_background & ~equal)
+    )
+
+
+def print_affinities(made: dict[str, list[float]]) -> None:
+    """As a table."""
+    table = Table(title="affinity, 1 where uniform", title_justify="left")
+    table.add_column("block")
+    for name in PAIRS:
+        table.add_column(name, justify="right")
+    for name, values in made.items():
+        table.add_row(name, *(f"{value:.2f}" for value in values))
+    Console().print(table)
 
 
 if __name__ == "__main__":

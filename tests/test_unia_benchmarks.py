@@ -75,6 +75,34 @@ def test_labels_are_made_with_the_runs_settings(
     assert (made.high, made.low, made.walk_steps, made.renormalise) == (0.6, 0.2, 2, True)
 
 
+def test_affinities_are_means_over_pairs_of_cells(
+    labels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unia = method("experiment=unia_shapes")
+    truth = torch.tensor([[0, 0, 255], [1, 1, 2]])
+    values = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(labels, "affinity_of", lambda *_: (values, (2, 3)))
+    batch = SimpleNamespace(
+        images=torch.zeros(2, 3, 32, 48, dtype=torch.uint8),
+        masks=[truth.repeat_interleave(11, 0).repeat_interleave(7, 1), truth],
+    )
+    data = SimpleNamespace(eval_batch_size=2, val_dataloader=lambda: [batch])
+    inference = SimpleNamespace(network=unia.network, device="cpu")
+    for images in (1, 2):
+        sums: dict[tuple[bool, bool], list[float]] = {}
+        for image in range(images):
+            for i, j in ((i, j) for i in range(6) for j in range(6) if i != j):
+                a, b = int(truth.flatten()[i]), int(truth.flatten()[j])
+                if 255 not in (a, b):
+                    sums.setdefault((a > 0, a == b), []).append(6 * float(values[image, i, j]))
+        order = [(True, True), (True, False), (False, True), (False, False)]
+        expected = [sum(sums[kind]) / len(sums[kind]) for kind in order]
+        made = labels.affinities(inference, data, images)
+        assert list(made) == ["0", "1", "2", "3", "all"]
+        for value in made.values():
+            assert value == pytest.approx(expected)
+
+
 def test_a_variant_leaves_only_its_weights(scripts: None) -> None:
     """What else it left would count as the memory of the variant whose turn is next."""
     step = importlib.import_module("unia_step")
