@@ -204,7 +204,7 @@ def affinities(inference: Inference, data: WSSSDataModule, images: int) -> dict[
     """Mean affinity of the pairs above in units of a uniform one, by block and for all."""
     network = inference.network
     single = choose_blocks(network.encoder, "all")
-    chosen: dict[str, Blocks] = {str(b): [b] for b in single} | {"all": "all"}
+    chosen: dict[str, Blocks] = {**{str(b): [b] for b in single}, "all": "all"}
     sums = {name: torch.zeros(len(PAIRS), dtype=torch.float64) for name in chosen}
     counts = torch.zeros(len(PAIRS), dtype=torch.float64)
     for batch, kept in batches(data, images, "affinity"):
