@@ -363,11 +363,13 @@ def fingerprint(row: Row) -> str:
 
     Those of the row that a second stage has its pseudo-labels of are among them.
 
-    A setting that is new changes it too. Whoever knows that it changes no run of before can have
-    them back: without "settings" in the record, or with the run's folder at hand.
+    A setting that is new changes it too, unless it is null. Whoever knows that it changes no run of
+    before can have them back: without "settings" in the record, or with the run's folder at hand.
     """
     first = "" if row.labels_of is None else fingerprint(row.labels_of)
-    text = json.dumps([compared_settings(row), first], sort_keys=True)
+    # Without what is not set: a setting that is new, and null by default, changes nothing.
+    own = {key: value for key, value in compared_settings(row).items() if value is not None}
+    text = json.dumps([own, first], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -82,6 +82,9 @@ def test_another_network_names_tensor_and_setting(
     assert "this run has method.threshold=0.4: set it so" in said
     said = refused(run, shapes_root, tmp_path, "method.optimizer=sgd")
     assert "method.optimizer=adamw, this run has method.optimizer=sgd" in said
+    # Steps would show other images than theirs.
+    said = refused(run, shapes_root, tmp_path, "trainer.accumulate_grad_batches=2")
+    assert "set trainer.accumulate_grad_batches=1, or choose another ckpt" in said
 
 
 def test_weights_alone_are_no_state_to_go_on_from(run: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from wsss.inference import Inference
 from wsss.loggers import make_wandb_logger
 from wsss.mask_folder import score_masks
 from wsss.methods.base import Method, check_classes
+from wsss.methods.checks import check_scales, check_threshold
 from wsss.metrics.protocols import (
     CAM_PROTOCOLS,
     CRF_PROTOCOLS,
@@ -54,6 +55,16 @@ from wsss.report.tables import (
 from wsss.submission import write_submission
 
 PROTOCOLS = (*SEGMENTATION_PROTOCOLS, *CRF_PROTOCOLS, *CAM_PROTOCOLS)
+#: settings that a folder of masks knows nothing of
+OF_CHECKPOINTS = (
+    "networks",
+    "protocols",
+    "eval_scales",
+    "cam_scales",
+    "cpl_threshold",
+    "crf",
+    "coexistence",
+)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -127,13 +138,20 @@ def evaluate_masks(cfg: DictConfig) -> dict[str, float]:
     """Score the masks in ``cfg.masks``; see :func:`wsss.mask_folder.score_masks`.
 
     Raises:
-        UserError: no such folder, no data set, a checkpoint too, or what ``score_masks`` raises.
+        UserError: no such folder, no data set, a checkpoint too or settings of one, or what
+            ``score_masks`` raises.
     """
     folder = Path(cfg.masks).expanduser()
     if not folder.is_dir():
         raise UserError(f"masks='{folder}': no such folder.")
     if not OmegaConf.is_missing(cfg, "checkpoint"):
         raise UserError("masks and checkpoint are both set: score one after the other.")
+    idle = [key for key in OF_CHECKPOINTS if cfg[key] is not None and cfg[key] != []]
+    if idle:
+        raise UserError(
+            f"masks=... is scored as it is, and {idle[0]}={cfg[idle[0]]} would do nothing: leave "
+            "it out, or give a checkpoint."
+        )
     if "_target_" not in cfg.data:
         raise UserError(
             "masks=... needs the data set that the masks belong to: data=voc data.root=..."
@@ -156,7 +174,7 @@ def check_choices(cfg: DictConfig) -> None:
 
     Raises:
         UserError: an unknown CRF preset or protocol, with the nearest right one; a CRF without its
-            package; scales that are none.
+            package; scales or a threshold that are none.
     """
     if cfg.crf is not None and cfg.crf not in CRF_PRESETS:
         raise UserError(f"crf={cfg.crf}: no such preset. {nearest(str(cfg.crf), CRF_PRESETS)}")
@@ -168,15 +186,10 @@ def check_choices(cfg: DictConfig) -> None:
         if name in CRF_PROTOCOLS and cfg.crf is None:
             raise UserError(f"protocols: '{name}' needs a preset, for example crf=cosa.")
     for key in ("eval_scales", "cam_scales"):
-        scales = cfg[key]
-        if scales is None:
-            continue
-        listed = list(scales) if OmegaConf.is_list(scales) else []
-        positive = all(isinstance(s, int | float) and s > 0 for s in listed)
-        if not listed or not positive or len(set(listed)) < len(listed):
-            raise UserError(
-                f"{key}={scales}: give positive factors, each once, for example [1.0,0.5,1.5]."
-            )
+        if cfg[key] is not None:
+            check_scales(key, cfg[key])
+    if cfg.cpl_threshold is not None:
+        check_threshold("cpl_threshold", cfg.cpl_threshold)
 
 
 def class_numbers(names: Iterable[str], classes: Sequence[str]) -> tuple[int, ...]:

@@ -70,8 +70,12 @@ def prepare(cfg: DictConfig) -> dict[str, Manifest]:
         listed = layout.listed(split, found)
         if found:
             heading = f"split '{split}': {count(len(found), 'problem')}"
-            said, nameless = set(found), [i for i in manifest.items if i.labels is None]
-            unlabelled = sum(layout.no_labels(item) in said for item in nameless)
+            said = set(found)
+            unlabelled = sum(
+                layout.no_labels(item) in said
+                for item in manifest.items
+                if item.labels is None or item.labels_of_mask
+            )
             if unlabelled:  # mostly a wrong file of labels, not many wrong images
                 heading += f"; images without labels: {unlabelled}"
             console.print(f"[red]{escape(heading)}[/]", highlight=False)
@@ -115,7 +119,7 @@ def _problems(
         # A mask is needed where others have one, unless the image serves training alone.
         need_mask = item.mask is not None if training else has_masks
         need_labels = training or item.mask is not None
-        texts = layout.find_problems(item, need_mask, need_labels, min_side)
+        texts = layout.find_problems(item, need_mask, need_labels, min_side, weakly=training)
         if texts:
             found.setdefault(item.name, []).extend(texts)
     return found

@@ -34,6 +34,8 @@ WRITTEN = (
 #: settings that decide what a run computes; of ``trainer`` these alone
 COMPARED = ("method", "view", "backbone", "neck", "decoder", "addon", "data", "trainer", "seed")
 TRAINER = ("max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
+#: what the state of a run is of: the optimizer's moments, the count of micro-batches
+FIXED = ("method.optimizer", "trainer.accumulate_grad_batches")
 #: where things lie and how fast they are read; what the checkpoint takes the place of; copies
 IGNORED = (
     "backbone.pretrained",
@@ -146,7 +148,8 @@ def read_resumed(path: Path, cfg: DictConfig) -> Resumed:
         cfg: of the run that is to go on.
 
     Raises:
-        UserError: it cannot be read, holds weights alone, or is of another method or optimizer.
+        UserError: it cannot be read, holds weights alone, or is of another method, or one of
+            :data:`FIXED` is another.
     """
     content = read_checkpoint(path)
     saved = saved_config(content, path)
@@ -165,7 +168,7 @@ def read_resumed(path: Path, cfg: DictConfig) -> Resumed:
     content = {key: content[key] for key in (CHECKPOINT_KEY, "state_dict", "global_step")}
     resumed = Resumed(path, content, changed_settings(plain_config(saved), plain_config(cfg)))
     for key, old, new in resumed.changed:
-        if key == "method.optimizer":
+        if key in FIXED:
             raise UserError(
                 f"ckpt='{path}' was trained with {key}={old}, this run has {key}={new}, which "
                 f"cannot go on from its state: set {key}={old}, or choose another ckpt."

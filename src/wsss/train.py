@@ -91,8 +91,11 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
         data.setup("fit")
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    if data.about_masks is not None and first_rank:
-        tell(f"Training masks: {data.about_masks}")
+    if first_rank:
+        for note in data.notes():
+            tell(f"Data: {note}")
+        if data.about_masks is not None:
+            tell(f"Training masks: {data.about_masks}")
     if resumed is not None:
         check_classes(resumed.content, data.classes, str(checkpoint))
     network = build_network(cfg, data.num_classes, load_weights=checkpoint is None)

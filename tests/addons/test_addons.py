@@ -126,6 +126,9 @@ class TestImportanceSampling:
         [
             ({"weight": 1.2}, r"addon\.isl\.weight=1\.2"),
             ({"num_samples": 0}, r"addon\.isl\.num_samples=0"),
+            ({"num_samples": 2.5}, "give a whole number of 1 or more"),
+            ({"scale": -1.0}, r"addon\.isl\.scale=-1\.0: give a number of 0 or more"),
+            ({"start_step": -1}, r"addon\.isl\.start_step=-1"),
             ({"posterior": "softmax"}, "binomial, multinomial"),
             ({"cams": ()}, r"addon\.isl\.cams=\[\]"),
             ({"cams": ("CAM",)}, "cam, early_cam"),
@@ -144,9 +147,11 @@ class TestFeatureSimilarity:
         """Factor 4 from 14, 2 from 28 and 32, none from 56, as published."""
         shown = view(grid=grid)
         size = (grid[0] * factor, grid[1] * factor)
-        images = F.interpolate(
-            shown.images, size=size, mode="bilinear", antialias=True, align_corners=False
+        images, share = (
+            F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+            for x in (shown.images * shown.valid[:, None], shown.valid[:, None].float())
         )
+        images = images / share.clamp(min=1e-9)
         valid = (
             F.interpolate(shown.valid[:, None].float(), size=size, mode="nearest-exact")[:, 0] > 0
         )
@@ -157,6 +162,22 @@ class TestFeatureSimilarity:
         found = FeatureSimilarity(sigma=2.0).loss(shown)
         torch.testing.assert_close(found, expected)
         assert found != 0
+
+    def test_padding_has_no_say(self) -> None:
+        """Of its colour nothing may come in; where the image ends is no edge."""
+        shown = view()
+        padding = ~shown.valid[:, None]
+        found = FeatureSimilarity(sigma=2.0).loss(shown)
+        for colour in (0.0, 1.0):
+            other = replace(shown, images=shown.images.masked_fill(padding, colour))
+            torch.testing.assert_close(FeatureSimilarity(sigma=2.0).loss(other), found)
+        uniform = torch.full_like(shown.images, 0.9).masked_fill(padding, 0.0)
+        narrow = shown.valid.clone()
+        narrow[1, :, :20] = False  # the border inside a cell
+        cut = replace(shown, images=uniform * narrow[:, None], valid=narrow)
+        whole = replace(cut, images=torch.full_like(shown.images, 0.9))
+        expected = FeatureSimilarity(sigma=2.0).loss(whole)
+        torch.testing.assert_close(FeatureSimilarity(sigma=2.0).loss(cut), expected)
 
     def test_options_reach_the_loss(self) -> None:
         shown = view()
@@ -202,6 +223,10 @@ class TestFeatureSimilarity:
             ({"sigma": 0.0}, r"addon\.fsl\.sigma=0\.0"),
             ({"upsample": 0}, r"addon\.fsl\.upsample=0"),
             ({"window": -1}, r"addon\.fsl\.window=-1"),
+            ({"window": 2.5}, r"addon\.fsl\.window=2\.5: give a whole number"),
+            ({"upsample": math.nan}, r"addon\.fsl\.upsample=nan"),
+            ({"mu": math.nan}, r"addon\.fsl\.mu=nan"),
+            ({"mu": math.inf}, r"addon\.fsl\.mu=inf"),
         ],
     )
     def test_mistakes(self, options: dict[str, object], message: str) -> None:

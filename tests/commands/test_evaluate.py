@@ -326,6 +326,7 @@ def _data_must_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cam_scales=[1.0,one]", "cam_scales=[1.0, 'one']: give positive"),
         ("cam_scales=1.0", "cam_scales=1.0: give positive factors"),
         ("eval_scales=[1.0,1.0]", "each once"),
+        ("cpl_threshold=26", "cpl_threshold=26: CAMs lie between 0 and 1"),
     ],
 )
 def test_wrong_names(score: Evaluate, classes: list[str], override: str, message: str) -> None:
@@ -789,6 +790,9 @@ def test_what_masks_need(
         evaluate(compose("evaluate", [f"masks={tmp_path / 'masks'}"]))
     with pytest.raises(UserError, match="masks and checkpoint are both set"):
         score_masks(f"checkpoint={checkpoint}")
+    for setting in ("networks=[an]", "coexistence=[cat]", "eval_scales=[1.0]"):
+        with pytest.raises(UserError, match=f"{setting.split('=')[0]}=.* would do nothing"):
+            score_masks(setting)
     with pytest.raises(UserError, match="no mask of split 'val'"):
         score_masks()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -234,7 +235,7 @@ def test_evaluation_batch() -> None:
         assert batch.labels[i].tolist() == data.labels[i].tolist()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 16])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("limit", [None, 5])
 def test_every_image_is_evaluated_once_over_the_ranks(world: int, limit: int | None) -> None:
     seen: list[str] = []
@@ -243,6 +244,49 @@ def test_every_image_is_evaluated_once_over_the_ranks(world: int, limit: int | N
         seen += [name for batch in module.val_dataloader() for name in batch.names]
     assert len(seen) == (limit or VAL)
     assert len(set(seen)) == len(seen)
+
+
+def test_fewer_images_than_ranks_are_told_before_training() -> None:
+    """A rank without an image would end the others after all the steps are done."""
+    for module in (make(fake_trainer(0, 12)), make(fake_trainer(0, 4), max_val_images=3)):
+        for loader in (module.train_dataloader, module.val_dataloader):
+            with pytest.raises(UserError, match=r"(11|3) images to .*fewer than the (12|4) "):
+                loader()
+
+
+def test_large_images_are_shrunk_before_the_random_scale() -> None:
+    """A quarter of the side: the same view as of the image that is stored so."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    large = small.repeat(4, 0).repeat(4, 1)
+    mask = rng.integers(0, 4, (40, 50), dtype=np.uint8)
+    views = TwoViews(24, scale=(0.5, 1.0), blur=0.0)
+    for number in range(20):
+        expected = views(small, sample_rng(0, number), mask)
+        for image, most in ((small, 50), (small, 99), (large, 50)):
+            labels = mask if image is small else mask.repeat(4, 0).repeat(4, 1)
+            found = views(image, sample_rng(0, number), labels, max_side=most)
+            assert np.array_equal(found.valid, expected.valid)
+            assert np.abs(found.weak.astype(int) - expected.weak).max() <= 2
+            if image is small:
+                assert np.array_equal(found.mask, expected.mask)
+    with pytest.raises(UserError, match=r"data\.max_side=10: must be at least 16"):
+        make(max_side=10)
+
+
+def test_other_training_images_are_told_when_a_run_goes_on() -> None:
+    module = make()
+    module.setup("fit")
+    state = module.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.load_state_dict(dict(state))
+        module.load_state_dict({})  # of an older version
+        make().load_state_dict(dict(state))  # nothing is open yet
+    assert module.train_images is not None
+    module.train_images.names[3] = "another"
+    with pytest.warns(UserWarning, match="was trained on 7 images, there are 7 now, or others"):
+        module.load_state_dict(state)
 
 
 def test_subset_is_evenly_spaced() -> None:

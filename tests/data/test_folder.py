@@ -430,13 +430,13 @@ def test_images_that_the_label_file_does_not_name(root: Path) -> None:
 
 
 def test_the_mask_says_what_nothing_else_says(root: Path) -> None:
-    write_labels(root, {"b": "cat", "c": "dog"})
-    write_mask(root, "a", 2)
-    write_mask(root, "c", 1)
-    assert classes_of(train(root)) == {"a": ["dog"], "c": ["dog"]}
-    write_mask(root, "a", 3)
-    with pytest.raises(DatasetError, match=r"a\.png: mask holds the values 3, allowed are 0\.\.2"):
-        train(root)
+    write_labels(root, {"a": "cat", "d": "dog"})
+    write_mask(root, "b", 2)
+    write_mask(root, "d", 1)
+    assert classes_of(Folder(root).open("val")) == {"b": ["dog"], "d": ["dog"]}
+    write_mask(root, "b", 3)
+    with pytest.raises(DatasetError, match=r"b\.png: mask holds the values 3, allowed are 0\.\.2"):
+        Folder(root).open("val")
 
 
 def test_masks_and_classes_without_a_label_file(root: Path) -> None:
@@ -627,3 +627,62 @@ def test_nothing_is_warned_about_a_tidy_folder(root: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(train(root, min_side=16)) == len(Folder(root).open("val", min_side=16)) == 2
+
+
+# --- labels that would leak from the truth ------------------------------------------------------
+
+
+def test_masks_do_not_label_what_the_label_file_leaves_out(root: Path) -> None:
+    """A file of labels with wrong names must not become training on the truth, unnoticed."""
+    for name in LABELS:
+        write_mask(root, name)
+    write_labels(root, {f"IM_{name}.jpg": labels for name, labels in LABELS.items()})
+    with pytest.raises(DatasetError, match=r"2 problems.*\n.*a\.jpg: labels\.csv does not name it"):
+        train(root)
+    assert "labels.csv: 4 names without an image, such as IM_a" in notes(root)
+    # With its masks for full supervision, and for scores that know the labels, they do.
+    assert classes_of(Folder(root).open("train", "train_masks")) == {"a": ["cat"], "c": ["cat"]}
+    assert classes_of(Folder(root).open("val")) == {"b": ["cat"], "d": ["cat"]}
+    (root / "labels.csv").unlink()
+    write_lines(root / "classes.txt", ["cat", "dog", "fox"])
+    assert classes_of(train(root)) == {"a": ["cat"], "c": ["cat"]}
+
+
+def test_a_forgotten_mask_does_not_make_the_training_set(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / f"{split}.txt").unlink()
+    names = [f"n{i:02}" for i in range(12)]
+    shutil.rmtree(root / "images")
+    for name in names:
+        write_image(root, f"{name}.jpg")
+        write_mask(root, name)
+    write_labels(root, dict.fromkeys([*names, "gone"], "cat"))
+    manifests = [Folder(root).prepare(split) for split in ("train", "val")]
+    problems = [item.problem for made in manifests for item in made.items if item.problem]
+    assert len(problems) == 1
+    assert "images/gone.*: named for" in problems[0]
+    write_labels(root, dict.fromkeys(names, "cat"))
+    assert len(train(root).names) + len(Folder(root).open("val").names) == 12
+    (root / "masks" / "n05.png").unlink()
+    with pytest.raises(DatasetError, match="1 of 12 images have no mask, such as n05; as the oth"):
+        train(root)
+    for name in ("n06", "n07"):
+        (root / "masks" / f"{name}.png").unlink()
+    assert train(root).names == ["n05", "n06", "n07"]
+
+
+@pytest.mark.parametrize("order", [("cat", "dog", "fox"), ("dog", "cat", "fox")])
+def test_doubts_an_order_of_classes(root: Path, order: tuple[str, ...]) -> None:
+    write_labels(root, {"a": "cat", "b": "cat", "c": "dog", "d": "dog"})
+    write_lines(root / "classes.txt", order)
+    for name, value in (("b", 1), ("d", 2)):
+        write_mask(root, name, value)
+    doubt = Folder(root).open("val").doubt()
+    if order[0] == "cat":
+        assert doubt is None
+    else:
+        assert doubt is not None
+        assert (
+            "2 of 2 masks hold classes that the image's labels do not, such as d: labels " in doubt
+        )
+        assert "labels dog, mask cat. Are the classes in the order" in doubt

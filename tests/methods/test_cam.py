@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from tests.methods.made import batch
 from tests.methods.test_cosa import CLASSES
+from wsss.addons import ImportanceSampling
 from wsss.errors import UserError
 from wsss.losses import cam2seg_loss, classification_loss
 from wsss.methods import CAM
@@ -118,3 +120,31 @@ def test_pooling() -> None:
             assert torch.allclose(logits, cam.mean((2, 3)), atol=1e-5) == equal
     with pytest.raises(UserError, match=r"method\.pooling='mean': choose one of gmp, gap"):
         make(pooling="mean")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 45}, r"method\.threshold=45: CAMs lie between 0 and 1"),
+        ({"cpl_threshold": -0.1}, r"method\.cpl_threshold=-0\.1"),
+        ({"eval_scales": ()}, r"method\.eval_scales=\(\): give positive factors"),
+        ({"eval_scales": (1.0, -0.5)}, r"method\.eval_scales=\(1\.0, -0\.5\)"),
+    ],
+)
+def test_settings_out_of_range_are_told_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(segment=True, **options)
+
+
+def test_what_never_starts_is_told() -> None:
+    method = make(segment=True, loss_warmup_steps=100, addons={"isl": ImportanceSampling()})
+    with pytest.warns(
+        UserWarning, match=r"method\.loss_warmup_steps=100 is not below .*=100: what"
+    ):
+        method.on_fit_start()
+    late = {"isl": ImportanceSampling(start_step=500)}
+    with pytest.warns(UserWarning, match=r"addon\.isl\.start_step=500 is not below"):
+        make(addons=late).on_fit_start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(segment=True, loss_warmup_steps=99).on_fit_start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -72,6 +73,25 @@ class Step(NamedTuple):
     views: tuple[View, ...] = ()
 
 
+def check_number(key: str, value: float | None, least: float, whole: bool = False) -> None:
+    """Refuse a setting that is no number of ``least`` or more; None, a default, passes.
+
+    Args:
+        key: the setting's name, for the message.
+        value: what it is set to.
+        least: the smallest that is allowed.
+        whole: whether it counts something.
+
+    Raises:
+        UserError: it is too small, not finite, or not whole.
+    """
+    if value is None:
+        return
+    kind = "a whole number" if whole else "a number"
+    if not least <= value < math.inf or (whole and value != int(value)):
+        raise UserError(f"{key}={value}: give {kind} of {least} or more.")
+
+
 class AddOn(nn.Module):
     """A loss on each CAM of a method, next to its own terms.
 
@@ -81,7 +101,7 @@ class AddOn(nn.Module):
         start_step: optimizer step from which it takes part.
 
     Raises:
-        UserError: no CAM, or an unknown one.
+        UserError: no CAM, or an unknown one; a number out of range.
     """
 
     #: whether it reads the attention that the network keeps (``output.attention``)
@@ -96,6 +116,8 @@ class AddOn(nn.Module):
         super().__init__()
         if not cams or not set(cams) <= set(CAMS):
             raise UserError(f"addon.{self.name}.cams={list(cams)}: choose from {', '.join(CAMS)}.")
+        check_number(f"addon.{self.name}.scale", scale, 0)
+        check_number(f"addon.{self.name}.start_step", start_step, 0, whole=True)
         self.cams = tuple(cams)
         self.scale = scale
         self.start_step = start_step

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss.addons.base import AddOn, View
+from wsss.addons.base import AddOn, View, check_number
 from wsss.errors import UserError
 from wsss.losses import feature_similarity_loss
 from wsss.resize import resize_small, valid_on_grid
@@ -53,13 +54,10 @@ class FeatureSimilarity(AddOn):
         super().__init__(cams, scale, start_step)
         if gate not in GATES:
             raise UserError(f"addon.fsl.gate='{gate}': choose one of {', '.join(GATES)}.")
-        for key, value, least in (
-            ("sigma", sigma, 1e-3),
-            ("upsample", upsample, 1),
-            ("window", window, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"addon.fsl.{key}={value}: give {least} or more.")
+        check_number("addon.fsl.mu", mu, 0)
+        check_number("addon.fsl.sigma", sigma, 1e-3)
+        check_number("addon.fsl.upsample", upsample, 1, whole=True)
+        check_number("addon.fsl.window", window, 0, whole=True)
         self.mu = mu
         self.sigma = sigma
         self.gate = gate
@@ -73,9 +71,7 @@ class FeatureSimilarity(AddOn):
         size = (rows * factor, columns * factor)
         scores, images = resize_small(view.scores.float(), *size), view.images
         if images.shape[-2:] != size:
-            images = F.interpolate(
-                images, size=size, mode="bilinear", align_corners=False, antialias=True
-            )
+            images = _mean_colours(images, view.valid, size)
         window = math.ceil(3 * self.sigma) if self.window is None else self.window
         return feature_similarity_loss(
             scores,
@@ -88,3 +84,24 @@ class FeatureSimilarity(AddOn):
             self.background,
             valid_on_grid(view.valid, size),
         )
+
+
+def _mean_colours(images: Tensor, valid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Colours of the cells of a grid, those of the image alone: padding would darken its border.
+
+    Args:
+        images: (B, 3, H, W).
+        valid: (B, H', W') bool, where the image is.
+        size: h and w.
+
+    Returns:
+        (B, 3, h, w); 0 of a cell without a pixel of the image.
+    """
+
+    def shrink(x: Tensor) -> Tensor:
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+    height, width = images.shape[-2:]
+    inside = valid_on_grid(valid, (height, width))[:, None].to(images.dtype)
+    share = shrink(inside)
+    return shrink(images * inside) / share.clamp(min=torch.finfo(share.dtype).eps)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from wsss.addons.base import AddOn, View
+from wsss.addons.base import AddOn, View, check_number
 from wsss.errors import UserError
 from wsss.losses import importance_sampling_loss
 from wsss.resize import valid_on_grid
@@ -42,8 +42,7 @@ class ImportanceSampling(AddOn):
         super().__init__(cams, scale, start_step)
         if not 0 <= weight <= 1:
             raise UserError(f"addon.isl.weight={weight}: it is a share, from 0 to 1.")
-        if num_samples < 1:
-            raise UserError(f"addon.isl.num_samples={num_samples}: at least 1 pixel is drawn.")
+        check_number("addon.isl.num_samples", num_samples, 1, whole=True)
         if posterior not in POSTERIORS:
             raise UserError(
                 f"addon.isl.posterior='{posterior}': choose one of {', '.join(POSTERIORS)}."

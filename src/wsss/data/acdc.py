@@ -282,7 +282,7 @@ def _no_frame(patient: Path, num_classes: int) -> Slices:
 def _frames_of(path: Path) -> list[int]:
     """Numbers of the end-diastolic and end-systolic frame in an ``Info.cfg``; [] without one."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
         return []
     return sorted({int(n) for n in re.findall(r"^\s*E[DS]\s*:\s*(\d+)", text, re.MULTILINE)})

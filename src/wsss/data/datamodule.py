@@ -6,6 +6,7 @@ any number of workers and ranks, any accumulation, and any restart give the same
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,14 @@ import cv2
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from wsss.data.batch import Batch, EvalBatch, to_unit_range
 from wsss.data.given_masks import GivenMasks
-from wsss.data.images import VOID
+from wsss.data.images import VOID, count
 from wsss.data.layout import Purpose, Split
 from wsss.data.order import MicroBatchSampler, evenly, image_index, sample_rng
 from wsss.data.views import TwoViews, ViewPair, resize_image
@@ -83,17 +85,25 @@ class _EvalSample(NamedTuple):
 class _TrainSamples(Dataset[_TrainSample]):
     """Samples by global sample number (not by image index)."""
 
-    def __init__(self, images: ImageSet, view: TwoViews, seed: int, load_masks: bool) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        view: TwoViews,
+        seed: int,
+        load_masks: bool,
+        max_side: int | None = None,
+    ) -> None:
         self.images = images
         self.view = view
         self.seed = seed
         self.load_masks = load_masks
+        self.max_side = max_side
 
     def __getitem__(self, number: int) -> _TrainSample:
         index = image_index(self.seed, number, len(self.images))
         image = self.images.load_image(index)
         mask = self.images.load_mask(index) if self.load_masks else None
-        views = self.view(image, sample_rng(self.seed, number), mask)
+        views = self.view(image, sample_rng(self.seed, number), mask, self.max_side)
         return _TrainSample(views, self.images.labels[index], self.images.names[index], number)
 
 
@@ -183,6 +193,9 @@ class WSSSDataModule(lightning.LightningDataModule):
         on_error: ``raise`` stops at images that cannot be used and names them all; ``skip``
             leaves them out, counted and named in a warning.
         min_side: images whose shorter side has fewer pixels cannot be used.
+        max_side: training images whose longer side has more pixels are shrunk to it, before the
+            view's random scale; None leaves all as they are. A crop of a large photograph shows
+            a small part of it, without most of the classes that it is labelled with.
 
     Raises:
         UserError: a number out of range; in :meth:`train_dataloader`, a global batch that does
@@ -208,6 +221,7 @@ class WSSSDataModule(lightning.LightningDataModule):
         max_val_images: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         min_side: int = 16,
+        max_side: int | None = None,
     ) -> None:
         super().__init__()
         for key, value, least in (
@@ -218,6 +232,7 @@ class WSSSDataModule(lightning.LightningDataModule):
             ("eval_batch_size", eval_batch_size, 1),
             ("max_val_images", 1 if max_val_images is None else max_val_images, 1),
             ("min_side", min_side, 1),
+            ("max_side", min_side if max_side is None else max_side, min_side),
         ):
             if value < least:
                 raise UserError(f"data.{key}={value}: must be at least {least}")
@@ -238,6 +253,7 @@ class WSSSDataModule(lightning.LightningDataModule):
         self.max_val_images = max_val_images
         self.on_error = on_error
         self.min_side = min_side
+        self.max_side = max_side
         self.train_images: ImageSet | None = None
         self.val_images: ImageSet | None = None
 
@@ -292,6 +308,19 @@ class WSSSDataModule(lightning.LightningDataModule):
             return self.train_images.about
         return f"ground truth of split '{self.train_split}' (full supervision)"
 
+    def notes(self) -> list[str]:
+        """What a user should know of the data: what was assumed, built, or is hardly meant.
+
+        Looks into some masks of the validation split.
+        """
+        notes: dict[str, None] = {}  # in order, each once
+        for images in (self.train_images, self.val_images):
+            if isinstance(images, Split | GivenMasks):
+                notes |= dict.fromkeys(images.notes)
+        if isinstance(self.val_images, Split) and (doubt := self.val_images.doubt()) is not None:
+            notes[doubt] = None
+        return [*notes]
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the C foreground classes; known after :meth:`setup`."""
@@ -315,6 +344,24 @@ class WSSSDataModule(lightning.LightningDataModule):
         """Whether evaluation images have masks, so that there is something to score."""
         return self.val_images is not None and self.val_images.has_masks
 
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which image a sample number means, for the checkpoint."""
+        if self.train_images is None:
+            return {}
+        names = "\n".join(self.train_images.names).encode(errors="surrogateescape")
+        digest = hashlib.sha1(names, usedforsecurity=False).hexdigest()
+        return {"train_images": len(self.train_images), "train_names": digest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn where the checkpoint's training images are not those of today."""
+        now = self.state_dict()
+        if state_dict and now and state_dict != now:
+            rank_zero_warn(
+                f"the checkpoint was trained on {state_dict['train_images']} images, there are "
+                f"{now['train_images']} now, or others: some will be seen again before others "
+                "are seen at all"
+            )
+
     def val_indices(self) -> list[int]:
         """List the indices into ``val_images`` that are evaluated, over all ranks."""
         self.setup("validate")
@@ -335,6 +382,7 @@ class WSSSDataModule(lightning.LightningDataModule):
                 "trainer.max_steps to their number"
             )
         self._check_sampler_is_kept()
+        self._check_images_for_all_ranks()
         world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
         micro_batch, rest = divmod(self.batch_size, world * accumulate)
         if rest or not micro_batch:
@@ -354,7 +402,9 @@ class WSSSDataModule(lightning.LightningDataModule):
             start_step=trainer.global_step,
             total_steps=trainer.max_steps,
         )
-        samples = _TrainSamples(self.train_images, self.view, self.seed, self.load_masks)
+        samples = _TrainSamples(
+            self.train_images, self.view, self.seed, self.load_masks, self.max_side
+        )
         return DataLoader(
             samples,
             batch_sampler=sampler,
@@ -371,6 +421,7 @@ class WSSSDataModule(lightning.LightningDataModule):
         assert self.val_images is not None
         if self.trainer is not None:
             self._check_sampler_is_kept()
+            self._check_images_for_all_ranks()
             indices = indices[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(
             _EvalSamples(self.val_images, self.eval_size, self.groups, self.load_originals),
@@ -399,6 +450,17 @@ class WSSSDataModule(lightning.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             "worker_init_fn": _single_thread,
         }
+
+    def _check_images_for_all_ranks(self) -> None:
+        """Refuse ranks without an image to validate on: they would hang or end the others."""
+        assert self.trainer is not None
+        images, ranks = len(self.val_indices()), self.trainer.world_size
+        if images < ranks:
+            raise UserError(
+                f"split '{self.val_split}': {count(images, 'image')} to validate on, fewer than "
+                f"the {ranks} processes of this run; add images, raise data.max_val_images, or "
+                "lower trainer.devices"
+            )
 
     def _check_sampler_is_kept(self) -> None:
         """Refuse Lightning's DistributedSampler in place of ours: it pads and shuffles."""

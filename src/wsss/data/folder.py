@@ -24,6 +24,8 @@ from wsss.data.manifest import Item, relative
 
 _LABEL_FILES = ("labels.csv", "labels.tsv", "labels.json", "labels.npy")
 _LISTS = ("train", "val")
+#: share of images without a mask up to which their masks were rather forgotten
+_FEW = 0.1
 
 
 class Folder(Layout):
@@ -42,7 +44,8 @@ class Folder(Layout):
 
     Without ``classes.txt`` the classes are those of the label file, in alphabetical order (in the
     order of the columns, if it has one for each class). Images that the label file does not name
-    get their labels from the mask; those without either cannot be trained on.
+    get their labels from the mask, for scores that know the labels and for full supervision; they
+    cannot be trained on weakly. Without a label file all labels are those of the masks.
 
     What is ``train`` and what ``val`` is decided by the first of these that is there: the label
     file's ``split`` column (images without an entry are ``train``); ``train.txt`` and ``val.txt``
@@ -87,6 +90,9 @@ class Folder(Layout):
             "labels_file": relative(self._labels_file, self.root) if self._labels_file else None,
             "val_fraction": self._val_fraction,
         }
+
+    def masks_may_label(self) -> bool:
+        return self._label_path is None
 
     # ------------------------------------------------------------------ what is there
 
@@ -267,8 +273,16 @@ class Folder(Layout):
             return self._read_list(split)
         if split not in _LISTS:
             raise self._no_split(split)
-        with_mask = {n for n in everything if n in self._masks.files}
-        if 0 < len(with_mask) < len(everything):
+        there_are = len(self._images.files)
+        with_mask = {n for n in self._images.files if n in self._masks.files}
+        if 0 < len(with_mask) < there_are:
+            if there_are - len(with_mask) < _FEW * there_are:
+                without = sorted({*self._images.files} - with_mask)
+                raise DatasetError(
+                    f"{self.root}: {len(without)} of {there_are} images have no mask, such as "
+                    f"{without[0]}; as the others would validate, next to none would train. Write "
+                    "train.txt and val.txt, or add the masks"
+                )
             names = [n for n in everything if (n in with_mask) == (split == "val")]
             return names, ["splits: the images with a mask are val, the others train"]
         if len(everything) < 2:
@@ -300,6 +314,10 @@ class Folder(Layout):
         both = sorted({*members["train"]} & {*members["val"]})
         if both:
             notes.append(f"splits: {count(len(both), 'image')} in both lists, such as {both[0]}")
+        lost = sorted({*self._labels.labels} - {*self._images.files})
+        if lost and self._label_path is not None:
+            what = f"{count(len(lost), 'name')} without an image, such as {lost[0]}"
+            notes.append(f"{self._label_path.name}: {what}")
         return members[split], notes
 
     def _no_split(self, split: str) -> DatasetError:

@@ -74,6 +74,7 @@ class GivenMasks:
 
     Attributes:
         about: what they are and where they come from, in a sentence.
+        notes: the split's.
 
     Raises:
         DatasetError: no such folder, masks that are missing or broken, another class list, or masks
@@ -89,6 +90,7 @@ class GivenMasks:
         allow_truth: bool = False,
     ) -> None:
         self._images = images
+        self.notes = images.notes
         self.folder = folder
         record = _read_record(folder, images.classes)
         names = images.names
@@ -102,7 +104,7 @@ class GivenMasks:
         def look(index: int) -> str | None:
             path = self._path(index)
             if index not in looked_into:
-                return inspect_mask(path, images.sizes[index])
+                return inspect_mask(path, len(images.classes), images.sizes[index])
             try:
                 read_mask(path, len(images.classes), images.sizes[index])
             except DatasetError as error:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from wsss.errors import UserError
 
@@ -23,6 +25,19 @@ VOID = 255
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 #: problems that a message names before it counts the others
 SHOWN = 10
+#: what PIL raises of files that are not what they should be
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class DatasetError(UserError):
@@ -64,6 +79,29 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
+_EXIF_ORIENTATION = 0x0112
+#: how to turn an image by its orientation; PIL's own way also writes the tags anew, and fails at
+#: any that is damaged
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1, upright, where nothing legible says otherwise."""
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION)
+    except _BROKEN:
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
+
+
 def read_rgb(path: str | os.PathLike[str], exif: bool = False) -> NDArray[np.uint8]:
     """Decode an image file to RGB.
 
@@ -84,10 +122,11 @@ def read_rgb(path: str | os.PathLike[str], exif: bool = False) -> NDArray[np.uin
     try:
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image) if exif else image)
+            turn = _TURNS.get(_orientation(image)) if exif else None
+            return _to_rgb(image if turn is None else image.transpose(turn))
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such image file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         raise DatasetError(
             f"{path}: cannot decode the image ({error}); replace the file, or take its name "
             "off the image list"
@@ -113,19 +152,16 @@ def read_mask(
     """
     try:
         with Image.open(path) as image:
+            scale = _grey_scale(image)
             image.load()
-            mode = image.mode
-            if mode not in ("P", "L", "1") and not mode.startswith("I"):
-                raise DatasetError(
-                    f"{path}: mask has mode {mode}, expected class numbers 0..{num_classes} and "
-                    f"{VOID} in a palette or grey PNG; convert its colours to class numbers"
-                )
-            mask = np.array(image)
+            if problem := _mode_problem(path, image.mode, num_classes):
+                raise DatasetError(problem)
+            mask = np.array(image) // scale if scale > 1 else np.array(image)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such mask file") from None
     except DatasetError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         raise DatasetError(f"{path}: cannot decode the mask ({error}); replace it") from error
     if size is not None and mask.shape != size:
         raise DatasetError(size_problem(path, mask.shape, size))
@@ -138,6 +174,22 @@ def read_mask(
             "map them to classes, or list the missing classes in classes.txt"
         )
     return mask.astype(np.uint8)
+
+
+def _grey_scale(image: Image.Image) -> int:
+    """What PIL multiplies the values of a grey PNG of 2 or 4 bits by; of a file not yet loaded."""
+    tiles = getattr(image, "tile", [])
+    stored = str(tiles[0][3]) if tiles else ""
+    return {"L;2": 85, "L;4": 17}.get(stored, 1)
+
+
+def _mode_problem(path: str | os.PathLike[str], mode: str, num_classes: int) -> str | None:
+    if mode in ("P", "L", "1") or mode.startswith("I"):
+        return None
+    return (
+        f"{path}: mask has mode {mode}, expected class numbers 0..{num_classes} and {VOID} in a "
+        "palette or grey PNG; convert its colours to class numbers"
+    )
 
 
 def encode_mask(mask: NDArray[np.uint8]) -> bytes:
@@ -175,9 +227,6 @@ def size_problem(
     )
 
 
-_EXIF_ORIENTATION = 0x0112
-
-
 def inspect_image(
     path: Path, decode: bool = False, exif: bool = False
 ) -> tuple[tuple[int, int] | None, str | None]:
@@ -197,7 +246,7 @@ def inspect_image(
             with Image.open(file) as image:
                 size, marker = (image.height, image.width), _END_MARKERS.get(image.format or "")
                 # PIL decodes a PNG for this: its EXIF may come last. From 5 on: quarter turns.
-                if exif and not decode and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
+                if exif and not decode and _orientation(image) >= 5:
                     size = size[::-1]
                 file.seek(-12, os.SEEK_END)
                 whole = marker is not None and file.read().endswith(marker)
@@ -207,21 +256,35 @@ def inspect_image(
             size = height, width
     except DatasetError as error:
         return None, str(error)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         return None, f"{path}: not a readable image ({error}); replace the file"
     return size, None
 
 
-def inspect_mask(path: Path, size: tuple[int, int]) -> str | None:
-    """Look at a mask's header: what is wrong with it as the mask of an image of ``size``, or None.
+def inspect_mask(path: Path, num_classes: int, size: tuple[int, int]) -> str | None:
+    """Look at a mask's header and end: what is wrong with it as the mask of an image, or None.
 
-    Values are checked when the mask is loaded.
+    Values are checked when the mask is loaded; at once, where the file does not end as one should.
+
+    Args:
+        path: mask file.
+        num_classes: C.
+        size: (H, W) of the image.
     """
     try:
-        with Image.open(path) as image:
-            found = (image.height, image.width)
+        with path.open("rb") as file, Image.open(file) as image:
+            found, mode = (image.height, image.width), image.mode
+            marker = _END_MARKERS.get(image.format or "")
+            file.seek(-12, os.SEEK_END)
+            whole = marker is not None and file.read().endswith(marker)
+        if not whole:
+            read_mask(path, num_classes)
     except FileNotFoundError:
         return f"{path}: no such mask file"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DatasetError as error:
+        return str(error)
+    except _BROKEN as error:
         return f"{path}: not a readable mask ({error}); replace it"
+    if problem := _mode_problem(path, mode, num_classes):
+        return problem
     return None if found == size else size_problem(path, found, size)

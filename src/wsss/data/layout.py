@@ -35,9 +35,12 @@ from wsss.data.images import (
     summary,
 )
 from wsss.data.manifest import Item, Manifest, relative, work_folder, work_folders
+from wsss.data.order import evenly
 from wsss.files import write_atomically
 
 _PROGRESS_FROM = 500
+#: masks that are compared with image labels
+_LOOKED_AT = 64
 _THREADS = min(8, os.cpu_count() or 1)
 
 Purpose = Literal["train", "train_masks", "evaluate"]
@@ -123,6 +126,10 @@ class Layout(ABC):
 
     def labels_from_mask(self, item: Item) -> bool:
         """Whether the mask says which classes an item holds when nothing else does."""
+        return True
+
+    def masks_may_label(self) -> bool:
+        """Whether image labels to train on may be read off masks."""
         return True
 
     # ------------------------------------------------------------------ scanning
@@ -235,7 +242,7 @@ class Layout(ABC):
             return
         mask = self.root / item.mask
         if not (decode or wanted):
-            item.mask_problem = inspect_mask(mask, size)
+            item.mask_problem = inspect_mask(mask, len(self.classes), size)
             return
         try:
             values = read_mask(mask, len(self.classes), size)
@@ -247,7 +254,7 @@ class Layout(ABC):
         counts = np.bincount(values.ravel(), minlength=VOID + 1)
         item.mask_classes = [int(i) for i in np.flatnonzero(counts[1 : len(self.classes) + 1])]
         if wanted:
-            item.labels = item.mask_classes
+            item.labels, item.labels_of_mask = item.mask_classes, True
 
     # ------------------------------------------------------------------ opening
 
@@ -283,7 +290,9 @@ class Layout(ABC):
         for item in manifest.items:
             # Scores that know the image's labels would be wrong without them.
             need_labels = purpose != "evaluate" or item.mask is not None
-            found = self.find_problems(item, need_masks, need_labels, min_side)
+            found = self.find_problems(
+                item, need_masks, need_labels, min_side, weakly=purpose == "train"
+            )
             problems += found
             if not found:
                 kept.append(item)
@@ -310,9 +319,17 @@ class Layout(ABC):
         return Split(self.root, manifest, kept)
 
     def find_problems(
-        self, item: Item, need_mask: bool, need_labels: bool, min_side: int = 1
+        self,
+        item: Item,
+        need_mask: bool,
+        need_labels: bool,
+        min_side: int = 1,
+        weakly: bool = False,
     ) -> list[str]:
-        """Why an item cannot be used, as sentences that name the file and the remedy."""
+        """Why an item cannot be used, as sentences that name the file and the remedy.
+
+        ``weakly``: for training on image labels, which should not come from the truth unasked.
+        """
         if item.problem is not None:
             return [item.problem]
         problems = []
@@ -321,7 +338,8 @@ class Layout(ABC):
                 f"{self.root / item.image}: {item.size[1]}x{item.size[0]} pixels, the shorter side "
                 f"must have data.min_side={min_side}; enlarge it or take it off the list"
             )
-        if need_labels and item.labels is None:
+        leaked = weakly and item.labels_of_mask and not self.masks_may_label()
+        if need_labels and (item.labels is None or leaked):
             problems.append(self.no_labels(item))
         if need_mask and item.mask is None:
             problems.append(self.no_mask(item))
@@ -369,6 +387,7 @@ class Split:
         groups: N group names (patients), "" for none.
         has_masks: whether every image has a mask.
         left_out: number of listed images that are not here.
+        notes: what a user should know: what was built, left out or assumed.
     """
 
     def __init__(self, root: Path, manifest: Manifest, items: list[Item]) -> None:
@@ -383,6 +402,7 @@ class Split:
             row[item.labels or []] = 1.0
         self.has_masks = all(item.mask is not None for item in items)
         self.left_out = len(manifest.items) - len(items)
+        self.notes = tuple(manifest.notes)
         self._exif = manifest.exif
         self._images = [item.image for item in items]
         self._masks = [item.mask for item in items]
@@ -393,6 +413,33 @@ class Split:
     def load_image(self, index: int) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB of image ``index``. See :func:`read_rgb` for what it raises."""
         return read_rgb(self.root / self._images[index], exif=self._exif)
+
+    def doubt(self) -> str | None:
+        """Whether masks and image labels hardly mean the same classes, in a sentence.
+
+        Of at most 64 masks, more than a quarter must hold classes that the labels do not.
+        """
+        masked = [i for i in range(len(self)) if self.has_mask(i)]
+        looked = [masked[i] for i in evenly(len(masked), _LOOKED_AT)]
+        others, example = 0, ""
+        for index in looked:
+            try:
+                values = np.unique(self.load_mask(index))
+            except DatasetError:
+                continue  # said where it is needed
+            held = {self.classes[v - 1] for v in values.tolist() if v not in (0, VOID)}
+            named = {c for c, v in zip(self.classes, self.labels[index], strict=True) if v}
+            if held - named:
+                others += 1
+                lists = [", ".join(sorted(x)) or "none" for x in (named, held)]
+                example = f"{self.names[index]}: labels {lists[0]}, mask {lists[1]}"
+        if others <= len(looked) / 4:
+            return None
+        return (
+            f"split '{self.split}': {others} of {count(len(looked), 'mask')} hold classes that the "
+            f"image's labels do not, such as {example}. Are the classes in the order of the mask "
+            "values?"
+        )
 
     def has_mask(self, index: int) -> bool:
         """Whether image ``index`` has a mask; nothing says that it can be read."""

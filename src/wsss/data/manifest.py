@@ -13,7 +13,7 @@ from typing import Any
 from wsss.errors import UserError
 from wsss.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 """Raise when files of an older program must not be taken for today's."""
 
 
@@ -26,6 +26,7 @@ class Item:
         image: path, relative to the data set's root where it lies inside; "" if there is none.
         size: (H, W) in pixels; (0, 0) while unknown.
         labels: sorted class indices 0..C-1; None if nothing says which classes the image holds.
+        labels_of_mask: ``labels`` are the classes in the mask, since nothing else says any.
         mask: path as ``image``, or None.
         group: what items belong together, for example a patient; "" for none.
         source: path of a file that ``labels`` came from and that belongs to this item alone.
@@ -38,6 +39,7 @@ class Item:
     image: str = ""
     size: tuple[int, int] = (0, 0)
     labels: list[int] | None = None
+    labels_of_mask: bool = False
     mask: str | None = None
     group: str = ""
     source: str | None = None
@@ -99,7 +101,7 @@ class Manifest:
         del content["path"]
         # Absent values are most of the file.
         content["items"] = [
-            {key: value for key, value in vars(item).items() if value not in (None, "")}
+            {key: value for key, value in vars(item).items() if value not in (None, "", False)}
             for item in self.items
         ]
         # Folder names need not be UTF-8.

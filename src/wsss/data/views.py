@@ -292,6 +292,7 @@ class TwoViews:
         image: NDArray[np.uint8],
         rng: np.random.Generator,
         mask: NDArray[np.uint8] | None = None,
+        max_side: int | None = None,
     ) -> ViewPair:
         """Draw one pair of views.
 
@@ -301,10 +302,13 @@ class TwoViews:
                 used for: scale, flip, vertical place, horizontal place, blur or not, blur sigma,
                 appearance transform, its strength; with ``extra`` a seed for it after them.
             mask: (H, W) uint8 class mask to take along, or None.
+            max_side: pixels of a longer side above which the scale is counted from that size.
         """
         draws = [float(u) for u in rng.random(8)]
         low, high = self.scale
         ratio = low + (high - low) * draws[0]
+        if max_side is not None:
+            ratio *= min(1.0, max_side / max(image.shape[:2]))
         height = max(1, round(image.shape[0] * ratio))
         width = max(1, round(image.shape[1] * ratio))
         flipped = draws[1] < self.flip

@@ -335,7 +335,8 @@ class VOC(Layout):
         except FileNotFoundError:
             item.problem = f"{path}: no such file; image_labels=auto would use the mask"
             return
-        except (ET.ParseError, OSError, UnicodeError) as error:
+        # ValueError, LookupError: encodings that the parser does not know.
+        except (ET.ParseError, OSError, ValueError, LookupError) as error:
             item.problem = f"{path}: not readable as XML ({error}); replace the file"
             return
         labels: set[int] = set()

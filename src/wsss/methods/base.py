@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from wsss import __version__
@@ -16,6 +17,7 @@ from wsss.data.batch import Batch, EvalBatch
 from wsss.distributed import mean_over_ranks
 from wsss.errors import UserError
 from wsss.losses import classification_loss
+from wsss.methods.checks import check_scales, check_threshold
 from wsss.methods.optimizer import OPTIMIZERS, make_optimizer
 from wsss.methods.schedule import warmup_poly
 from wsss.metrics.protocols import HEADLINES, ProtocolScores
@@ -28,6 +30,8 @@ CHECKPOINT_FORMAT = 1
 RATIO = "confusion_ratio"
 #: steps between two looks at the losses on an accelerator, where a look holds the step up
 FINITE_CHECK_EVERY = 50
+#: settings of methods that say from which step on a part of them acts
+STARTS = ("loss_warmup_steps", "aux_steps", "refine_start_step")
 #: factor of add-ons that name none, as published with these optimizers
 ADDON_SCALE = {"adamw": 0.1, "sgd": 1.0}
 
@@ -101,6 +105,9 @@ class Method(L.LightningModule):
             raise UserError(
                 f"method.optimizer='{optimizer}': choose one of {', '.join(OPTIMIZERS)}."
             )
+        check_scales("method.eval_scales", eval_scales)
+        check_scales("method.cam_scales", cam_scales)
+        check_threshold("method.cpl_threshold", cpl_threshold)
         self.optimizer = optimizer
         self.sgd_momentum = sgd_momentum
         self.lr = lr
@@ -277,6 +284,17 @@ class Method(L.LightningModule):
                 "it is good. Lower method.lr, use trainer.precision=32-true, or look at the images "
                 "of this step."
             )
+
+    def on_fit_start(self) -> None:
+        total = self.trainer.max_steps
+        starts = {f"method.{key}": getattr(self, key, None) for key in STARTS}
+        starts |= {f"addon.{key}.start_step": it.start_step for key, it in self.addons.items()}
+        for key, step in starts.items():
+            if step is not None and step >= total:
+                rank_zero_warn(
+                    f"{key}={step} is not below trainer.max_steps={total}: what it starts will "
+                    "take no part in this run."
+                )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Whatever a step draws (stochastic depth, sampled losses) depends on seed, micro-batch

@@ -11,6 +11,7 @@ from wsss.data.batch import Batch
 from wsss.losses import cam2seg_loss
 from wsss.methods.activations import own_activations
 from wsss.methods.base import Method
+from wsss.methods.checks import check_threshold
 from wsss.pseudo import MultiScaleOutput, cam_pseudo_label
 
 
@@ -41,6 +42,7 @@ class CAM(Method):
     ) -> None:
         self.evaluates_segmentation = segment  # before the scores are made
         super().__init__(**kwargs)
+        check_threshold("method.threshold", threshold)
         self.monitor = "on/seg/miou_ms_flip" if segment else "on/cpl/miou_ms_flip"
         self.segment = segment
         self.c2s_weight = c2s_weight

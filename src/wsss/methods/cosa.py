@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from wsss.addons import Step
@@ -262,13 +261,6 @@ class CoSA(Method):
         super().train(mode)
         self.assignment.eval()  # never anything else
         return self
-
-    def on_fit_start(self) -> None:
-        if self.loss_warmup_steps >= self.trainer.max_steps:
-            rank_zero_warn(
-                f"method.loss_warmup_steps={self.loss_warmup_steps} is not below "
-                f"trainer.max_steps={self.trainer.max_steps}: only the classifiers will be trained."
-            )
 
     def loss_weights(self) -> Mapping[str, float]:
         return {

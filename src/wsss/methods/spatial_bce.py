@@ -19,6 +19,7 @@ from wsss.losses.spatial_bce import (
     threshold_loss,
 )
 from wsss.methods.base import Method
+from wsss.methods.checks import check_scales, check_threshold
 from wsss.nn.spatial_bce import SpatialBCENetwork
 from wsss.pseudo import cam_pseudo_label, multi_scale
 from wsss.pseudo.labels import IGNORE_INDEX
@@ -102,6 +103,8 @@ class SpatialBCE(Method):
         self.cycle = cycle
         self.threshold_steps = threshold_steps
         self.area_weight = area_weight
+        check_scales("method.area_scales", area_scales)
+        check_threshold("method.area_threshold", area_threshold)
         self.area_scales = tuple(area_scales)
         self.area_range = (float(area_range[0]), float(area_range[1]))
         self.adaptive = adaptive
