@@ -26,26 +26,26 @@ class Item:
         image: path, relative to the data set's root where it lies inside; "" if there is none.
         size: (H, W) in pixels; (0, 0) while unknown.
         labels: sorted class indices 0..C-1; None if nothing says which classes the image holds.
-        labels_of_mask: ``labels`` are the classes in the mask, since nothing else says any.
         mask: path as ``image``, or None.
         group: what items belong together, for example a patient; "" for none.
         source: path of a file that ``labels`` came from and that belongs to this item alone.
         problem: why the item cannot be used at all, or None.
         mask_problem: why its mask cannot be used, or None.
         mask_classes: sorted class indices in the mask; None while nobody looked.
+        labels_of_mask: ``labels`` are ``mask_classes``, since nothing else says any.
     """
 
     name: str
     image: str = ""
     size: tuple[int, int] = (0, 0)
     labels: list[int] | None = None
-    labels_of_mask: bool = False
     mask: str | None = None
     group: str = ""
     source: str | None = None
     problem: str | None = None
     mask_problem: str | None = None
     mask_classes: list[int] | None = None
+    labels_of_mask: bool = False
 
 
 @dataclass
