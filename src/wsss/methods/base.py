@@ -218,9 +218,10 @@ class Method(L.LightningModule):
                 if self.evaluates_cam and (cam == "cam" or self.evaluates_early_cam):
                     continue
                 which = "early CAM" if self.evaluates_cam else "CAM"
+                remedy = f" or change addon.{name}.cams" if self.evaluates_cam else ""
                 raise UserError(
                     f"addon.{name} acts on '{cam}', but method={self.short_name()} "
-                    f"trains no {which}: leave it out or change addon.{name}.cams."
+                    f"trains no {which}: leave it out{remedy}."
                 )
             addon.prepare(self.network)  # type: ignore[operator]
 
