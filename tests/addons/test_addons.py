@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.methods.made import batch
+from tests.oracle.resize import mean_colours
 from wsss.addons import (
     AddOn,
     Affinity,
@@ -22,6 +23,7 @@ from wsss.addons import (
     Step,
     View,
 )
+from wsss.addons.feature_similarity import _mean_colours
 from wsss.errors import UserError
 from wsss.losses import (
     contrastive_affinity_loss,
@@ -162,6 +164,21 @@ class TestFeatureSimilarity:
         found = FeatureSimilarity(sigma=2.0).loss(shown)
         torch.testing.assert_close(found, expected)
         assert found != 0
+
+    @pytest.mark.parametrize("size", [(7, 6), (14, 12), (5, 9)])
+    @pytest.mark.parametrize("inside", ["all", "part", "one pixel", "none"])
+    def test_colours_of_cells_are_the_oracle_s(self, size: tuple[int, int], inside: str) -> None:
+        images = torch.rand(2, 3, 28, 36, generator=torch.Generator().manual_seed(1))
+        valid = torch.zeros(2, 28, 36, dtype=torch.bool)
+        if inside == "all":
+            valid[:] = True
+        elif inside == "part":
+            valid[0, 3:21, 5:] = True
+            valid[1, :, :17] = True
+        elif inside == "one pixel":
+            valid[:, 9, 11] = True
+        expected = torch.tensor(mean_colours(images.tolist(), valid.tolist(), *size))
+        torch.testing.assert_close(_mean_colours(images, valid, size), expected)
 
     def test_padding_has_no_say(self) -> None:
         """Of its colour nothing may come in; where the image ends is no edge."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,3 +41,39 @@ def flip(image: Tensor) -> Tensor:
     """Mirror (C, h, w) left to right."""
     width = image.shape[2]
     return torch.stack([image[:, :, width - 1 - x] for x in range(width)], dim=2)
+
+
+def mean_colours(
+    images: Sequence[Sequence[Sequence[Sequence[float]]]],
+    valid: Sequence[Sequence[Sequence[bool]]],
+    height: int,
+    width: int,
+) -> list[list[list[list[float]]]]:
+    """Colours (B, 3, h, w) of cells as means over the pixels of the image alone.
+
+    A pixel counts by its distance from the cell's centre, along each axis down to nothing at the
+    neighbouring cells' centres; pixels that are not valid do not count.
+    """
+
+    def weight(cell: int, pixel: int, cells: int, pixels: int) -> float:
+        scale = pixels / cells
+        return max(0.0, 1 - abs((pixel + 0.5) - (cell + 0.5) * scale) / scale)
+
+    result = []
+    for image, inside in zip(images, valid, strict=True):
+        rows, columns = len(inside), len(inside[0])
+        made = [[[0.0] * width for _ in range(height)] for _ in image]
+        for i in range(height):
+            for j in range(width):
+                total, sums = 0.0, [0.0] * len(image)
+                for y in range(rows):
+                    for x in range(columns):
+                        share = weight(i, y, height, rows) * weight(j, x, width, columns)
+                        if inside[y][x] and share:
+                            total += share
+                            for channel, plane in enumerate(image):
+                                sums[channel] += share * plane[y][x]
+                for channel in range(len(image)):
+                    made[channel][i][j] = sums[channel] / total if total else 0.0
+        result.append(made)
+    return result

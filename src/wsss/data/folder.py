@@ -50,8 +50,9 @@ class Folder(Layout):
     What is ``train`` and what ``val`` is decided by the first of these that is there: the label
     file's ``split`` column (images without an entry are ``train``); ``train.txt`` and ``val.txt``
     (other lists can be chosen by name); masks, if some images have one and others not (``val`` has
-    them: masks serve evaluation alone); else a digest of an image's name, which puts a share of
-    about ``val_fraction`` into ``val``. Images that are added leave the others where they are.
+    them: masks serve evaluation alone; refused where less than a tenth would be left to train on);
+    else a digest of an image's name, which puts a share of about ``val_fraction`` into ``val``.
+    Images that are added leave the others where they are.
 
     Args:
         root: folder that holds ``images``.
