@@ -53,5 +53,5 @@ bench: install  ## time of steps, views, evaluation and single losses
 	$(BIN)/python benchmarks/unia.py
 	$(BIN)/python benchmarks/unia_step.py
 
-clean:  ## remove the environment and all runs
-	rm -rf $(VENV) outputs data build dist .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the environment, all runs and the generated data set
+	rm -rf $(VENV) outputs data/shapes build dist .pytest_cache .mypy_cache .ruff_cache

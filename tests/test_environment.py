@@ -34,7 +34,10 @@ def test_description_is_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None
     assert about["devices"] == []
     assert about["resumed_from_step"] is None
     assert describe("32-true", 1, resumed=7)["resumed_from_step"] == 7
-    assert len(describe("32-true", 1, on_gpu=True)["devices"]) == torch.cuda.device_count()
+    assert (
+        len(describe("32-true", 1, range(torch.cuda.device_count()))["devices"])
+        == torch.cuda.device_count()
+    )
     age = datetime.now(UTC) - datetime.fromisoformat(about["started"])
     assert 0 <= age.total_seconds() < 600
 

@@ -16,6 +16,7 @@ from wsss.errors import UserError
 from wsss.import_checkpoint import import_checkpoint
 from wsss.inference import Inference
 from wsss.nn import WSSSNetwork
+from wsss.nn.encoder import COLOURS
 
 SMALL = {"depth": 3, "embed_dim": 24, "num_heads": 2}
 OPTIONS = [
@@ -150,3 +151,16 @@ def test_strict(tmp_path: Path) -> None:
 def test_mistakes(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         import_checkpoint(compose("import_checkpoint", ["file=a.pth", *overrides]))
+
+
+def test_images_have_the_colours_that_the_authors_trained_with(tmp_path: Path) -> None:
+    cfg = compose("import_checkpoint", ["file=x"])
+    released = compose("train", ["experiment=cosa_voc_release", "data.root=x"])
+    assert cfg.backbone.name == released.backbone.name == next(iter(COLOURS))
+
+
+def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    authors_file(tmp_path / "cosa.pth")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output='.*file/x' cannot be written"):
+        run(tmp_path / "cosa.pth", f"output={tmp_path}/file/x/a.ckpt")

@@ -85,6 +85,9 @@ def test_another_network_names_tensor_and_setting(
     # Steps would show other images than theirs.
     said = refused(run, shapes_root, tmp_path, "trainer.accumulate_grad_batches=2")
     assert "set trainer.accumulate_grad_batches=1, or choose another ckpt" in said
+    # A table would take the result for the one of another seed.
+    said = refused(run, shapes_root, tmp_path, "seed=5")
+    assert "set seed=0, or choose another ckpt" in said
 
 
 def test_weights_alone_are_no_state_to_go_on_from(run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tests.commands.conftest import TINY, compose
 from wsss.errors import UserError
-from wsss.inference import PRECISIONS, precision_name
+from wsss.inference import PRECISIONS, accelerator_name, find_device, precision_name
 from wsss.train import train
 from wsss.trainer_settings import check_trainer
 
@@ -68,3 +68,15 @@ def test_names_of_precisions() -> None:
     names = aliases | {"bf16": "bf16-mixed"} | {name: name for name in PRECISIONS}
     for value, name in names.items():
         assert precision_name(value) == name
+
+
+def test_apples_gpu_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no float64, in which thresholds and scores are summed."""
+    assert accelerator_name("auto", "trainer.accelerator") in ("auto", "cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert accelerator_name("auto", "trainer.accelerator") == "cpu"
+    assert accelerator_name("cpu", "trainer.accelerator") == "cpu"
+    with pytest.raises(UserError, match=r"trainer\.accelerator=mps: Apple's GPU has no float64"):
+        accelerator_name("mps", "trainer.accelerator")
+    with pytest.raises(UserError, match="device=mps:0: Apple's GPU"):
+        find_device("mps:0")

@@ -6,7 +6,7 @@ import runpy
 import sys
 
 from wsss import __version__
-from wsss.cli import check_overrides, hydra_command
+from wsss.cli import check_overrides, hydra_command, quoted_path
 
 COMMANDS = {
     "prepare": "check a data set, build what is missing, count what it holds",
@@ -32,7 +32,7 @@ def answer_at_once(command: str, arguments: list[str]) -> None:
         hydra_command(command, lambda cfg: None)
         raise SystemExit(0)
     if command != "predict":  # which first quotes its paths
-        check_overrides(command, arguments)
+        check_overrides(command, list(map(quoted_path, arguments)))
 
 
 def main() -> None:
@@ -52,7 +52,8 @@ def main() -> None:
         raise SystemExit(2)
     sys.argv = [f"wsss {arguments[0]}", *arguments[1:]]
     answer_at_once(arguments[0], arguments[1:])
-    runpy.run_module(f"wsss.{arguments[0]}", run_name="__main__", alter_sys=False)
+    # As `python -m wsss.<command>` does: Lightning starts the ranks of other devices by that name.
+    runpy.run_module(f"wsss.{arguments[0]}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from wsss.cli import config_dir
 from wsss.data.datamodule import WSSSDataModule
 from wsss.data.layout import Layout
 from wsss.errors import UserError
@@ -150,6 +151,60 @@ def leave_out_foreign_settings(cfg: DictConfig, overrides: Sequence[str]) -> lis
         for key in foreign:
             del cfg.method[key]
     return [f"method.{key}" for key in foreign]
+
+
+def kept_of_experiment(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """What an experiment sets for its own method and another one, chosen instead, takes over.
+
+    ``experiment=cosa_coco method=unia`` trains UniA with the warm-up of CoSA on COCO: that may be
+    meant, and has to be seen.
+
+    Args:
+        cfg: composed, without foreign settings.
+        overrides: the user's, as typed.
+
+    Returns:
+        ``method.key=value (its own: default)``; none unless ``overrides`` choose an experiment and
+        another method than that one's.
+    """
+    typed = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o)
+    experiment, method = typed.get("experiment"), typed.get("method")
+    folder = config_dir()
+    if method is None or not (folder / "experiment" / f"{experiment}.yaml").is_file():
+        return []
+    if _method_of(folder / "experiment" / f"{experiment}.yaml") in (None, method):
+        return []
+    own = _with_bases(folder / "method" / f"{method}.yaml")
+    kept = []
+    for key, default in own.items():
+        if f"method.{key}" in typed or key == "_target_" or key not in cfg.method:
+            continue
+        value = OmegaConf.to_container(cfg.method, resolve=False)[str(key)]  # type: ignore[index,call-overload]
+        if value != default:
+            kept.append(f"method.{key}={value} (its own: {default})")
+    return kept
+
+
+def _with_bases(file: Path) -> dict[Any, Any]:
+    """The settings of a choice with those of the choices of its group that it builds on."""
+    content = cast(dict[Any, Any], OmegaConf.to_container(OmegaConf.load(file), resolve=False))
+    bases = [b for b in content.pop("defaults", []) if isinstance(b, str) and b != "_self_"]
+    merged: dict[Any, Any] = {}
+    for base in bases:
+        merged |= _with_bases(file.with_name(f"{base}.yaml"))
+    return merged | content
+
+
+def _method_of(file: Path) -> str | None:
+    """The method that an experiment chooses, itself or through the one it builds on."""
+    content = cast(dict[Any, Any], OmegaConf.to_container(OmegaConf.load(file), resolve=False))
+    chosen = None
+    for entry in content.get("defaults", []):
+        if isinstance(entry, dict):
+            chosen = entry.get("override /method", chosen)
+        elif entry != "_self_":
+            chosen = _method_of(file.with_name(f"{entry}.yaml")) or chosen
+    return chosen
 
 
 def build_method(cfg: DictConfig, network: WSSSNetwork, classes: tuple[str, ...]) -> Method:

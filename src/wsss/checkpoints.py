@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from wsss.build import build_method, build_network
@@ -80,13 +81,18 @@ def with_data(saved: DictConfig, data: DictConfig) -> DictConfig:
 
     Args:
         saved: from :func:`saved_config`.
-        data: the command's ``data``: a whole data set takes the place of the run's; of
-            ``data=from_checkpoint`` the keys that are set change the run's own.
+        data: the command's ``data``: a whole data set takes the place of the run's, but for the
+            size of evaluation images unless that is typed; of ``data=from_checkpoint`` the keys
+            that are set change the run's own.
     """
     run = saved.copy()
     OmegaConf.set_struct(run, False)
     if "_target_" in data:
         run.data = OmegaConf.create(OmegaConf.to_container(data, resolve=True))
+        size = OmegaConf.select(saved, "data.eval_size")
+        typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        if size is not None and not any(o.startswith("data.eval_size=") for o in typed):
+            run.data.eval_size = size  # what the network was trained and scored at
     else:
         for key, value in data.items():
             if value is not None:

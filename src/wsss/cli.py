@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,13 +16,37 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from wsss.errors import UserError
 from wsss.files import check_writable
 from wsss.log import keep
+
+#: keys whose values are paths, and may hold what Hydra's grammar takes for its own
+PATHS = frozenset(
+    {
+        "backbone.weights",
+        "checkpoint",
+        "ckpt",
+        "data.dataset.labels_file",
+        "data.dataset.sbd_root",
+        "data.masks",
+        "data.root",
+        "data_root",
+        "affinity",
+        "file",
+        "input",
+        "masks",
+        "output",
+        "output_dir",
+        "run",
+        "runs",
+    }
+)
 
 
 def config_dir() -> Path:
@@ -34,24 +60,81 @@ def hydra_command(config_name: str, main: Callable[[DictConfig], Any]) -> None:
 
     Overrides are checked before Hydra starts: an unknown key or choice ends the command at once
     and names the nearest right one. A :class:`UserError` ends it with exit code 2, without a
-    traceback.
+    traceback. A run of a sweep that fails does not keep the others from running; the sweep then
+    ends with exit code 2.
     """
+    failed: list[str] = []
 
     def guarded(cfg: DictConfig) -> Any:
+        from wsss.launch import one_job  # imports torch: not for help
+
         try:
-            with keep_warnings():
+            with keep_warnings(), one_job():
                 return main(cfg)
         except UserError as error:
             if os.environ.get("HYDRA_FULL_ERROR"):
                 raise
-            fail(str(error))
+            if not _sweeps_here():
+                fail(str(error))
+            failed.append(f"{HydraConfig.get().job.num} ({error})")
+        except Exception as error:
+            if not _sweeps_here():
+                raise
+            keep(traceback.format_exc(), logging.ERROR)
+            traceback.print_exc()
+            failed.append(f"{HydraConfig.get().job.num} ({type(error).__name__}: {error})")
+        print(f"error: run {failed[-1]}", file=sys.stderr)
 
+    sys.argv[1:] = map(quoted_path, sys.argv[1:])
     cfg = check_overrides(config_name, sys.argv[1:])
     if cfg is not None:
         prepare_folder(cfg, sys.argv)
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(
         guarded
     )()
+    if failed:
+        runs = "".join(f"\n  {run}" for run in failed)
+        fail(f"{len(failed)} of the sweep's runs failed:{runs}")
+
+
+def _sweeps_here() -> bool:
+    """Whether this is a run of a sweep whose others follow in this process."""
+    config: Any = HydraConfig.get()
+    launcher = str(config.launcher.get("_target_"))
+    return bool(config.mode == RunMode.MULTIRUN and launcher.endswith(".BasicLauncher"))
+
+
+def quoted_path(argument: str) -> str:
+    """``key=path`` as Hydra can read it, which would else parse ``photo (1).jpg`` or ``größe/a``.
+
+    A leading ``~`` is the user's home: a shell leaves it as it is behind a dotted key.
+    """
+    key, _, value = argument.partition("=")
+    if key not in PATHS or not value:
+        return argument
+    if key == "runs" and value.startswith("[") and value.endswith("]"):
+        parts = [_readable(part.strip()) for part in value[1:-1].split(",")]
+        return f"{key}=[{','.join(parts)}]"
+    return f"{key}={_readable(value)}"
+
+
+def as_string(value: str) -> str:
+    """A value in quotes, as Hydra reads them; one that has quotes already as it is."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return value
+    # Backslashes count as such except before a quote.
+    inner = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value)
+    return f'"{inner}"'
+
+
+def _readable(value: str) -> str:
+    if value == "~" or value.startswith("~/"):
+        value = str(Path(value).expanduser())
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return as_string(value)
+    return value
 
 
 def quiet_libraries() -> None:
@@ -176,7 +259,8 @@ def _with_hint(config_name: str, overrides: list[str], error: Exception) -> str:
         raw, _, value = override.partition("=")
         key = raw.lstrip("+~").split("@")[0]
         if key in groups:
-            wrong = [v for v in value.split(",") if v not in groups[key] and v != "null"]
+            choices = re.findall(r"[^\s,'\"\[\]]+", value)  # of a sweep, or of a list
+            wrong = [v for v in choices if v not in groups[key] and v != "null"]
             if wrong:
                 return (
                     f"{key}={wrong[0]}: no such choice. {_near(wrong[0], groups[key])}"

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,14 +26,14 @@ def processors() -> int:
 
 
 def describe(
-    precision: str, world_size: int, on_gpu: bool = False, resumed: int | None = None
+    precision: str, world_size: int, gpus: Iterable[int] = (), resumed: int | None = None
 ) -> dict[str, Any]:
     """Versions, hardware and command of this process, with the time as ``started``.
 
     Args:
         precision: of the run, as Lightning names it.
         world_size: number of ranks.
-        on_gpu: the run uses this machine's GPUs, which ``devices`` then lists.
+        gpus: those of this machine that the run uses, which ``devices`` then lists by name.
         resumed: step that the run goes on from; its times are of what came after. None: from the
             start.
 
@@ -48,12 +49,10 @@ def describe(
         "cpu": _cpu(),
         "cores": processors(),
         "threads": torch.get_num_threads(),
-        "devices": [
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if on_gpu else 0)
-        ],
+        "devices": [torch.cuda.get_device_name(i) for i in gpus],
         "world_size": world_size,
         "precision": precision,
-        "command": sys.argv,
+        "command": _command(),
         "resumed_from_step": resumed,
         "started": _now(),
     }
@@ -69,6 +68,14 @@ def write_environment(path: Path, about: dict[str, Any], finished: bool = False)
         )
         content["seconds"] = took.total_seconds()
     write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def _command() -> list[str]:
+    """As one would type it: ``wsss train``, however it was started."""
+    program = Path(sys.argv[0])
+    if program.parent != Path(__file__).parent:
+        return sys.argv
+    return [f"wsss {program.stem}", *sys.argv[1:]]
 
 
 def _commit() -> str | None:

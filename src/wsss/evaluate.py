@@ -31,8 +31,8 @@ from wsss.cli import hydra_command, nearest, quiet_libraries
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import UserError
 from wsss.files import check_writable
-from wsss.inference import Inference
-from wsss.loggers import make_wandb_logger
+from wsss.inference import Inference, accelerator_name
+from wsss.loggers import make_wandb_logger, wandb_run_ends
 from wsss.mask_folder import score_masks
 from wsss.methods.base import Method, check_classes
 from wsss.methods.checks import check_scales, check_threshold
@@ -91,8 +91,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
             "checkpoint=outputs/.../checkpoints/best.ckpt."
         )
     path = find_checkpoint(cfg.checkpoint)
-    run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    output_dir = Path(cfg.output_dir or run_folder / "evaluation").expanduser()
+    output_dir = Path(cfg.output_dir or default_folder(cfg, path)).expanduser()
     check_writable(output_dir)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -111,13 +110,24 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         submit(method, data, output_dir, cfg, run.trainer.precision)
         return {}
 
+    with wandb_run_ends():
+        return _evaluate(cfg, run, method, data, output_dir, checkpoint.get("global_step", 0))
+
+
+def _evaluate(
+    cfg: DictConfig,
+    run: DictConfig,
+    method: Method,
+    data: WSSSDataModule,
+    output_dir: Path,
+    step: int,
+) -> dict[str, float]:
     wandb = make_wandb_logger(cfg, output_dir)
-    trainer = make_trainer(cfg, run.trainer.precision, output_dir, wandb)
+    trainer = make_trainer(cfg, run.trainer.precision, output_dir, wandb, step)
     trainer.validate(method, datamodule=data, verbose=False)
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
         print_scores(method)  # first: what is on the terminal survives a full disk
-        step = checkpoint.get("global_step", 0)
         content = collect(method, step)
         try:
             write_scores(output_dir / "scores.json", method, step)
@@ -132,6 +142,21 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
             log_tables(wandb, found, content)
         print(f"Written to {output_dir}")
     return found
+
+
+def default_folder(cfg: DictConfig, checkpoint: Path) -> Path:
+    """``evaluation`` in the run's folder; of another checkpoint than the best, other data, another
+    split or a CRF a folder of its own, so that one evaluation does not replace another."""
+    folder = checkpoint.parent
+    run = folder.parent if folder.name == "checkpoints" else folder
+    others = {"best.ckpt", checkpoint.name} <= {path.name for path in folder.glob("*.ckpt")}
+    parts = [
+        checkpoint.stem if others and checkpoint.name != "best.ckpt" else None,
+        Path(cfg.data.root).name if "_target_" in cfg.data else None,
+        None if cfg.split is None else Path(cfg.split).stem,  # which may be the path of a list
+        cfg.crf,
+    ]
+    return run / "_".join(["evaluation", *filter(None, parts)])
 
 
 def evaluate_masks(cfg: DictConfig) -> dict[str, float]:
@@ -270,7 +295,7 @@ def merge(saved: DictConfig, cfg: DictConfig) -> DictConfig:
 
 
 def make_trainer(
-    cfg: DictConfig, precision: str, output_dir: Path, wandb: WandbLogger | None
+    cfg: DictConfig, precision: str, output_dir: Path, wandb: WandbLogger | None, step: int
 ) -> L.Trainer:
     """The Lightning trainer that runs the validation.
 
@@ -279,10 +304,10 @@ def make_trainer(
     """
     callbacks: list[L.Callback] = [TrainProgress()]
     if cfg.pictures:
-        callbacks.append(PictureLogger(output_dir / "pictures", cfg.pictures))
+        callbacks.append(PictureLogger(output_dir / "pictures", cfg.pictures, step))
     try:
         return L.Trainer(
-            accelerator=cfg.accelerator,
+            accelerator=accelerator_name(cfg.accelerator, "accelerator"),
             devices=cfg.devices,
             precision=precision,  # type: ignore[arg-type]
             use_distributed_sampler=False,
@@ -317,7 +342,8 @@ def submit(
     device = "cpu" if cfg.accelerator == "cpu" else "auto"
     inference = Inference(method, next(iter(method.scores), None), device, precision)
     # The split may be the path of a list.
-    target = output_dir / f"voc2012_{Path(data.val_split).stem}.zip"
+    parts = ["voc2012", Path(data.val_split).stem, *as_names(cfg.networks), cfg.crf]
+    target = output_dir / f"{'_'.join(filter(None, parts))}.zip"
     write_submission(inference, data, target, cfg.crf)
 
 

@@ -21,8 +21,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, key: str = "output_dir") -> None:
     """Make a folder and prove that a file can be written there.
+
+    Args:
+        folder: made when missing.
+        key: that chose it, for the error.
 
     Raises:
         UserError: it cannot.
@@ -34,8 +38,8 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"output_dir='{folder}' cannot be written ({error.strerror}). Choose another folder "
-            "with output_dir=..."
+            f"{key}='{folder}' cannot be written ({error.strerror}). Choose another folder with "
+            f"{key}=..."
         ) from error
 
 

@@ -19,7 +19,7 @@ from wsss.build import build_layout, build_method, build_network
 from wsss.cli import hydra_command, nearest, quiet_libraries
 from wsss.data.voc import VOC_CLASSES
 from wsss.errors import UserError
-from wsss.files import write_atomically
+from wsss.files import check_writable, write_atomically
 from wsss.methods import CoSA
 from wsss.nn import WSSSNetwork
 from wsss.nn.encoder import read_tensors
@@ -105,10 +105,11 @@ def import_checkpoint(cfg: DictConfig) -> Path:
     if OmegaConf.is_missing(cfg, "file"):
         raise UserError("file is not set: give the authors' file, for example file=cosa_voc.pth.")
     path = Path(cfg.file).expanduser()
-    target = Path(cfg.output or path.with_suffix(".ckpt"))
+    target = Path(cfg.output or path.with_suffix(".ckpt")).expanduser()
     if target.exists() and not cfg.overwrite:
         raise UserError(f"output='{target}' exists: choose another, or overwrite=true.")
     state = read_tensors(path, cfg.key)
+    check_writable(target.parent, "output")
     classifier = next((v for k, v in state.items() if k.endswith("aux_classifier.weight")), None)
     if classifier is None:
         raise UserError(
@@ -145,7 +146,8 @@ Which score is which (wsss evaluate checkpoint=...):
                                   its val score was not published (VOC test server, which cannot
                                   know an image's classes: 75.1)
   an/cpl/miou_ms_flip             CAM pseudo-labels with known classes: 78.5 VOC train, 76.4 val,
-                                  which may fuse scales by a sum; here it is their maximum"""
+                                  of five scales, perhaps summed; here it is the
+                                  maximum over three (cam_scales=[1.0,0.5,1.5,0.75,1.25])"""
 
 
 def class_names(cfg: DictConfig, count: int) -> tuple[str, ...]:

@@ -141,6 +141,24 @@ class Inference:
         return torch.autocast(self.device.type, dtype=dtype)
 
 
+def accelerator_name(name: str, key: str) -> str:
+    """Lightning's name of an accelerator; ``auto`` leaves out Apple's GPU, which has no float64:
+    thresholds and scores are summed in it.
+
+    Args:
+        name: as the user typed it.
+        key: whose value it is, for the error.
+
+    Raises:
+        UserError: Apple's GPU.
+    """
+    if name == "auto" and torch.backends.mps.is_available():
+        return "cpu"
+    if str(name).partition(":")[0] == "mps":
+        raise UserError(f"{key}={name}: Apple's GPU has no float64, which is needed: choose cpu.")
+    return name
+
+
 def find_device(name: str) -> torch.device:
     """The device of that name; ``auto`` is the first GPU, else the CPU.
 
@@ -149,7 +167,9 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
+        found = accelerator or torch.device("cpu")
+        return torch.device("cpu") if found.type == "mps" else found
+    accelerator_name(name, "device")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

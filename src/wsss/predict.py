@@ -8,7 +8,6 @@ image a palette mask, an overlay and a JSON file.
 from __future__ import annotations
 
 import errno
-import re
 import sys
 import warnings
 from collections import deque
@@ -28,7 +27,7 @@ from rich.table import Table
 
 from wsss import __version__
 from wsss.checkpoints import find_checkpoint
-from wsss.cli import hydra_command, nearest, quiet_libraries
+from wsss.cli import as_string, hydra_command, nearest, quiet_libraries
 from wsss.data.images import DatasetError, count, summary
 from wsss.errors import UserError
 from wsss.files import check_writable, sha256_of
@@ -369,14 +368,11 @@ def _plain(text: str) -> str:
 
 
 def as_text(argument: str) -> str:
-    """``key=path`` with the path quoted for Hydra, which would else parse ``photo (1).jpg``."""
-    key, equals, value = argument.partition("=")
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if key not in ("input", "checkpoint", "output_dir") or not value or quoted:
+    """``key=path`` with the path quoted: all of it is a name here, a comma or bracket too."""
+    key, _, value = argument.partition("=")
+    if key not in ("input", "checkpoint", "output_dir") or not value:
         return argument
-    # Backslashes count as such except before a quote.
-    inner = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value)
-    return f'{key}{equals}"{inner}"'
+    return f"{key}={as_string(value)}"
 
 
 def _command(cfg: DictConfig) -> None:

@@ -29,13 +29,15 @@ WRITTEN = (
     "config.yaml",
     "environment.json",
     "pictures/step_*.png",
+    "wandb_run.txt",
 )
 
 #: settings that decide what a run computes; of ``trainer`` these alone
 COMPARED = ("method", "view", "backbone", "neck", "decoder", "addon", "data", "trainer", "seed")
 TRAINER = ("max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
-#: what the state of a run is of: the optimizer's moments, the count of micro-batches
-FIXED = ("method.optimizer", "trainer.accumulate_grad_batches")
+#: what the state of a run is of: the optimizer's moments, the count of micro-batches; and the seed,
+#: by which its results are known
+FIXED = ("method.optimizer", "trainer.accumulate_grad_batches", "seed")
 #: where things lie and how fast they are read; what the checkpoint takes the place of; copies
 IGNORED = (
     "backbone.pretrained",

@@ -25,6 +25,7 @@ from wsss.build import (
     build_data,
     build_method,
     build_network,
+    kept_of_experiment,
     leave_out_foreign_settings,
     method_class,
 )
@@ -35,7 +36,7 @@ from wsss.environment import describe, write_environment
 from wsss.errors import UserError
 from wsss.files import check_writable
 from wsss.log import tell
-from wsss.loggers import make_loggers
+from wsss.loggers import make_loggers, wandb_run_ends
 from wsss.methods.base import Method, check_classes
 from wsss.metrics.protocols import HEADLINES
 from wsss.progress import TrainProgress
@@ -67,17 +68,24 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
         UserError: a mistake in data, configuration or checkpoint, before the first step; or a
             loss that is not finite, during training.
     """
+    with wandb_run_ends():
+        return _train(cfg, output_dir)
+
+
+def _train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     quiet_libraries()
     cfg = apply_variant(cfg)
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     if left_out := leave_out_foreign_settings(cfg, overrides):
         log.info("Settings of another method, left out: %s", ", ".join(left_out))
+    if kept := kept_of_experiment(cfg, overrides):
+        log.info("Settings of the experiment's own method, kept: %s", ", ".join(kept))
     check_trainer(cfg)
     check_writable(output_dir)
-    # One rank looks: another may start when the first has already written something.
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
-    if first_rank:
-        check_free(output_dir, cfg.ckpt, cfg.overwrite)
+    # Every rank looks, so that none waits for one that refused: what is looked for is written when
+    # all of them have met.
+    check_free(output_dir, cfg.ckpt, cfg.overwrite)
     checkpoint = find_checkpoint(cfg.ckpt, output_dir)
     resumed = None if checkpoint is None else read_resumed(checkpoint, cfg)
     if first_rank:
@@ -108,22 +116,27 @@ def train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     if cfg.overwrite and first_rank:
         start_anew(output_dir)  # here, where all that can be wrong with this run has been told
     trainer = make_trainer(cfg, method, output_dir)
+    on_gpu = trainer.strategy.root_device.type == "cuda"
     about = describe(
-        cfg.trainer.precision,
-        trainer.world_size,
-        trainer.strategy.root_device.type == "cuda",
-        step,
+        cfg.trainer.precision, trainer.world_size, trainer.device_ids if on_gpu else (), step
     )
+    environment = output_dir / "environment.json"
+    # A run that has all its steps is scored again: its times stay.
+    trains = step is None or step < cfg.trainer.max_steps or not environment.is_file()
+    if trainer.is_global_zero and trains:
+        write_environment(environment, about)
     if trainer.is_global_zero:
         OmegaConf.save(OmegaConf.create(method.run_config), output_dir / "config.yaml")
-        write_environment(output_dir / "environment.json", about)
 
+    if checkpoint is not None and first_rank:
+        bring_best(checkpoint, output_dir / "checkpoints")
     trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if any(getattr(c, "interrupted", False) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        sys.exit(130)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ResumableInterrupt) and callback.interrupted:
+            sys.exit(callback.exit_code)
     trainer.save_checkpoint(output_dir / "checkpoints" / "last.ckpt", weights_only=False)
-    if trainer.is_global_zero:
-        write_environment(output_dir / "environment.json", about, finished=True)
+    if trainer.is_global_zero and trains:
+        write_environment(environment, about, finished=True)
     if not cfg.evaluate:
         return {}
     for scores in method.scores.values():
@@ -268,6 +281,17 @@ def keep_best(folder: Path, trainer: L.Trainer, monitor: str) -> None:
         part = folder / ".best.ckpt.part"
         shutil.copyfile(folder / "last.ckpt", part)
         part.replace(folder / "best.ckpt")
+
+
+def bring_best(checkpoint: Path, folder: Path) -> None:
+    """The best weights of a run that goes on in another folder, which count there too."""
+    best = checkpoint.with_name("best.ckpt")
+    # An earlier step's checkpoint knows nothing of a best one that came later.
+    if checkpoint.name == "last.ckpt" and best.is_file() and not (folder / best.name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / ".best.ckpt.part"
+        shutil.copyfile(best, part)
+        part.replace(folder / best.name)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from wsss.errors import UserError
-from wsss.inference import precision_name
+from wsss.inference import accelerator_name, precision_name
 
 #: whole numbers above 0; of those in OPTIONAL, null (or 0) means never, or a choice of the library
 POSITIVE = (
@@ -48,6 +48,7 @@ def check_trainer(cfg: DictConfig) -> None:
             f"trainer.gradient_clip_val={clip}: give the largest norm of a gradient, or null."
         )
     t.precision = precision_name(t.precision, "trainer.precision")
+    t.accelerator = accelerator_name(t.accelerator, "trainer.accelerator")
     _check_devices(cfg)
 
 

@@ -15,11 +15,12 @@ from wsss.build import (
     build_data,
     build_method,
     build_network,
+    kept_of_experiment,
     leave_out_foreign_settings,
     method_class,
     settings_of,
 )
-from wsss.cli import check_overrides, config_dir, prepare_folder
+from wsss.cli import check_overrides, config_dir, prepare_folder, quoted_path
 from wsss.errors import UserError
 
 EXPERIMENTS = sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml"))
@@ -279,3 +280,53 @@ def test_help_of_report(run: Run) -> None:
     text = run("report", "--help").stdout
     for part in ("wsss report run=", "runs=[outputs/a,outputs/b]", "report.html", "pictures: 6"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("data.root=~/VOC", str(Path("~/VOC").expanduser())),
+        ("data.root=/d/größe (1)", "/d/größe (1)"),
+        ("output_dir=runs/lr=1", "runs/lr=1"),
+        ("data.masks=it's", "it's"),
+        ("ckpt=null", None),
+        ("ckpt='quoted =already'", "quoted =already"),
+        ("data.root=${oc.env:HOME}/a", f"{Path.home()}/a"),
+    ],
+)
+def test_paths_need_no_quotes(argument: str, value: str | None) -> None:
+    cfg = compose("train", ["data=folder", quoted_path(argument)])
+    assert OmegaConf.select(cfg, argument.split("=")[0]) == value
+
+
+def test_paths_in_lists_and_other_arguments() -> None:
+    home = Path.home()
+    assert quoted_path("runs=[~/a, b/lr=1]") == f'runs=[{home}/a,"b/lr=1"]'
+    assert quoted_path("data.masks=a,b") == "data.masks=a,b"  # a sweep
+    for argument in ("--help", "method.lr=(", "-m", "data.root=", "seed=0,1"):
+        assert quoted_path(argument) == argument
+
+
+def test_a_list_of_addons_is_not_taken_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        check_overrides("train", ["experiment=cosa_shapes", "addon=[isl,fsl]", "method.momentun=1"])
+    assert "method.momentun: no such key. Did you mean 'method.momentum'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        check_overrides("train", ["experiment=cosa_shapes", "addon=[isl,fls]"])
+    assert "addon=fls: no such choice. Did you mean 'fsl'" in capsys.readouterr().err
+
+
+def test_what_another_method_takes_over_from_an_experiment_is_told() -> None:
+    overrides = ["experiment=cosa_coco", "method=unia", "data.root=/d"]
+    cfg = compose("train", overrides)
+    leave_out_foreign_settings(cfg, overrides)
+    kept = kept_of_experiment(cfg, overrides)
+    assert "method.loss_warmup_steps=10000 (its own: 2000)" in kept
+    assert not [k for k in kept if k.startswith("method.momentum")]
+    typed = [*overrides, "method.loss_warmup_steps=5"]
+    assert not kept_of_experiment(compose("train", typed), typed)
+    for own in (["experiment=cosa_coco"], ["experiment=cosa_coco", "method=cosa"]):
+        assert kept_of_experiment(compose("train", [*own, "data.root=/d"]), own) == []
+    # Without a method of its own an experiment means its settings for all of them.
+    shared = ["experiment=voc_mini", "method=cam", "data.root=/d"]
+    assert kept_of_experiment(compose("train", shared), shared) == []

@@ -27,12 +27,13 @@ from tests.commands.conftest import TINY, Run, compose
 from tests.oracle.boundary import boundary_f
 from tests.oracle.metrics import mean, segmentation_scores
 from wsss.build import build_method, build_network
+from wsss.checkpoints import read_checkpoint, saved_config, with_data
 from wsss.data.images import encode_mask, read_rgb, voc_palette
 from wsss.data.shapes import generate
 from wsss.data.views import resize_image
 from wsss.data.voc import VOC_CLASSES
 from wsss.errors import UserError
-from wsss.evaluate import evaluate, log_tables
+from wsss.evaluate import default_folder, evaluate, log_tables
 from wsss.inference import Inference
 from wsss.metrics import protocols
 from wsss.report import tables
@@ -465,11 +466,16 @@ def test_wandb_offline(score: Evaluate, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     wandb = pytest.importorskip("wandb")
-    try:
-        score("logger=wandb", "networks=[an]", "protocols=[seg/miou_ss]", "data.max_val_images=2")
-        summary = dict(wandb.run.summary)
-    finally:
-        wandb.finish()
+    summary: dict[str, float] = {}
+    finish = wandb.finish
+
+    def finished(**how: int) -> None:
+        summary.update(wandb.run.summary)
+        finish(**how)
+
+    monkeypatch.setattr(wandb, "finish", finished)
+    score("logger=wandb", "networks=[an]", "protocols=[seg/miou_ss]", "data.max_val_images=2")
+    assert wandb.run is None
     (folder,) = (tmp_path / "out/wandb").glob("offline-run-*")
     assert [*folder.glob("*.wandb")]
     assert [*folder.rglob("classes*.table.json")]
@@ -591,9 +597,9 @@ def test_zip_of_the_other_network_and_a_list_elsewhere(
     own.parent.mkdir()
     own.write_text("\n".join(SIZES))
     out = submit("networks=[on]", f"split={own}")
-    assert [p.name for p in out.iterdir()] == ["voc2012_mine.zip"]
+    assert [p.name for p in out.iterdir()] == ["voc2012_mine_on.zip"]
     expected = expected_labels(voc_checkpoint, test_split, "on")
-    assert_holds(out / "voc2012_mine.zip", expected)
+    assert_holds(out / "voc2012_mine_on.zip", expected)
     deployed = expected_labels(voc_checkpoint, test_split)
     assert any((deployed[name] != expected[name]).mean() > 0.05 for name in SIZES)
 
@@ -604,7 +610,7 @@ def test_zip_with_a_crf(
     out = submit("crf=cosa")
     assert set(crf) == {"cosa"}
     expected = expected_labels(voc_checkpoint, test_split, crf=True)
-    assert_holds(out / "voc2012_test.zip", expected)
+    assert_holds(out / "voc2012_test_cosa.zip", expected)
 
 
 def test_zip_holds_one_network(submit: Callable[..., Path]) -> None:
@@ -803,3 +809,53 @@ def test_masks_of_a_split_without_truth(test_split: Path, tmp_path: Path) -> Non
     more = ["data=voc", f"data.root={test_split}", "split=test", *QUIET]
     with pytest.raises(UserError, match="has no masks to compare with"):
         evaluate(compose("evaluate", [f"masks={tmp_path / 'masks'}", *more]))
+
+
+# --- where its files go ------------------------------------------------------------------------
+
+
+def test_one_evaluation_does_not_replace_another(checkpoint: Path) -> None:
+    run = checkpoint.parent.parent
+    last = checkpoint.with_name("last.ckpt")
+    last.touch()
+    (checkpoint.parent / "step_000001.ckpt").touch()
+
+    def folder(path: Path, *overrides: str) -> str:
+        cfg = compose("evaluate", [f"checkpoint={path}", *overrides])
+        return default_folder(cfg, path).relative_to(run).as_posix()
+
+    try:
+        assert folder(checkpoint) == "evaluation"
+        assert folder(last) == "evaluation_last"
+        assert folder(checkpoint, "split=train", "crf=cosa") == "evaluation_train_cosa"
+        assert folder(checkpoint, "data=voc", "data.root=/d/VOC2012") == "evaluation_VOC2012"
+        assert folder(last, "split=/lists/hard.txt") == "evaluation_last_hard"
+    finally:
+        for name in ("last.ckpt", "step_000001.ckpt"):
+            checkpoint.with_name(name).unlink()
+
+
+def test_images_have_the_size_of_the_run_on_other_data_too(
+    checkpoint: Path, shapes_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = saved_config(read_checkpoint(checkpoint), checkpoint)
+    assert saved.data.eval_size == 64
+    other = compose("evaluate", ["data=voc", f"data.root={shapes_root}"]).data
+    assert with_data(saved, other).data.eval_size == 64
+    typed = SimpleNamespace(overrides=SimpleNamespace(task=["data=voc", "data.eval_size=448"]))
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.initialized", lambda: True)
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: typed)
+    assert with_data(saved, other).data.eval_size == 448
+
+
+def test_pictures_are_of_the_checkpoints_step_and_of_the_scored_threshold(
+    score: Evaluate, tmp_path: Path
+) -> None:
+    few = ["pictures=2", "networks=[an]", "protocols=[cpl/miou_ms_flip]", "data.max_val_images=2"]
+    drawn = []
+    for threshold in (0.0, 1.0):  # all of an image is the class, none of it
+        score(*few, f"cpl_threshold={threshold}")
+        (picture,) = (tmp_path / "out/pictures").iterdir()
+        assert picture.name == "step_000007.png"
+        drawn.append(picture.read_bytes())
+    assert drawn[0] != drawn[1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tests.commands.conftest import TINY, Run, compose
@@ -134,3 +136,29 @@ def test_multirun_ends_in_one_table(run: Run, tiny: list[str], tmp_path: Path) -
     assert "no_csc" in table
     assert "full" in table
     assert "table.md" in done.stdout
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_running(
+    run: Run, tiny: list[str], tmp_path: Path
+) -> None:
+    settings = [*tiny, "trainer.max_steps=2", "sweep=cosa_ablation", "hydra.sweep.dir=sweep"]
+    done = run("train", "-m", *settings, "variant=no_scs,full", "seed=0", code=2)
+    assert "error: 1 of the sweep's runs failed:\n  0 (variant=no_scs: no such one." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([*tmp_path.rglob("scores.json")]) == 1
+    assert (tmp_path / "sweep/report/table.md").is_file()
+
+
+def test_a_sweep_over_two_processes(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    """Through ``wsss``: each job starts its own second process, for that job alone."""
+    more = ["trainer.max_steps=1", "evaluate=false", "trainer.devices=2", "trainer.strategy=ddp"]
+    run("__main__", "train", "-m", *tiny, *more, "seed=0,1", "output_dir=runs")
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / str(seed)
+        content = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+        assert content["wsss"]["config"]["seed"] == seed
+        about = json.loads((folder / "environment.json").read_text())
+        assert about["world_size"] == 2
+        assert about["command"][0] == "wsss train"
+        assert f"seed={seed}" in about["command"]
+        assert (folder / "train_ddp_process_1.log").is_file()  # that one's folder is this, too

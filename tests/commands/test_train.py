@@ -19,10 +19,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tests.commands.conftest import Run, command_environment, compose
 from wsss.addons import Step
-from wsss.callbacks.checkpoint import BestCheckpoint
+from wsss.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from wsss.errors import UserError
 from wsss.methods import CoSA
-from wsss.train import train
+from wsss.train import bring_best, train
 
 
 def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
@@ -122,8 +122,13 @@ def test_killed_run_resumes_bit_for_bit(tiny: list[str], tmp_path: Path) -> None
     assert not list(out.rglob("*.part"))
 
 
-def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, "130"), (signal.SIGTERM, "143")])
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(
+    number: signal.Signals,
+    code: str,
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the middle of co-training: the moving average of the last step is saved with the rest."""
     steps = ["trainer.max_steps=7", "trainer.save_every_n_steps=1000", "evaluate=false"]
@@ -132,12 +137,12 @@ def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(
 
     def step(self: CoSA, batch: object) -> Step:
         if self.trainer.global_step == 4:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return original(self, batch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CoSA, "step", step)
     out = tmp_path / "stopped"
-    with pytest.raises(SystemExit, match="130"):
+    with pytest.raises(SystemExit, match=code):
         train(compose("train", [*tiny, *steps]), out)
     saved = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 5
@@ -369,9 +374,9 @@ def test_a_folder_that_holds_a_run_is_left_alone(
         train(compose("train", [*few, "overwrite=true", "data.root=nowhere"]), tmp_path)
     assert kept == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
 
-    # Another rank may start when the first has saved already.
+    # No rank may wait for one that has refused.
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(UserError, match=wanted):
         train(compose("train", [*few, "data.root=nowhere"]), tmp_path)
 
 
@@ -399,3 +404,82 @@ def test_the_best_score_of_earlier_checkpoints_is_found() -> None:
     """They hold it under the name of Lightning's class."""
     same = {"monitor": "a", "mode": "max", "save_on_train_epoch_end": False}
     assert BestCheckpoint(**same).state_key == ModelCheckpoint(**same).state_key  # type: ignore[arg-type]
+
+
+def best_checkpoint(folder: Path, score: float | None = None) -> BestCheckpoint:
+    """The callback of a run in ``folder``, which has kept a ``best.ckpt`` of that score."""
+    made = BestCheckpoint(folder, filename="best", monitor="a", mode="max")
+    if score is not None:
+        path = str(folder / "best.ckpt")
+        Path(path).touch()
+        made.best_k_models = {path: torch.tensor(score)}
+        made.best_model_path = made.kth_best_model_path = path
+        made.best_model_score = made.kth_value = torch.tensor(score)
+    return made
+
+
+def test_the_best_score_survives_a_folder_that_moved(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    state = best_checkpoint(tmp_path / "old", 0.7).state_dict()
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = best_checkpoint(tmp_path / "new")
+    moved.load_state_dict(state)
+    path = str(tmp_path / "new" / "best.ckpt")
+    assert float(moved.best_model_score) == pytest.approx(0.7)  # type: ignore[arg-type]
+    assert moved.best_model_path == moved.kth_best_model_path == path
+    assert list(moved.best_k_models) == [path]
+    # Without its file there is nothing that the score could be of.
+    (tmp_path / "new" / "best.ckpt").unlink()
+    other = best_checkpoint(tmp_path / "new")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning says so
+        other.load_state_dict(state)
+    assert other.best_model_score is None
+
+
+def test_a_run_that_goes_on_elsewhere_brings_its_best_weights(tmp_path: Path) -> None:
+    old, new = tmp_path / "old" / "checkpoints", tmp_path / "new" / "checkpoints"
+    old.mkdir(parents=True)
+    for name in ("last.ckpt", "best.ckpt", "step_000001.ckpt"):
+        (old / name).write_text(name)
+    bring_best(old / "step_000001.ckpt", new)
+    assert not new.exists()  # of that step the best may be a later one
+    bring_best(old / "last.ckpt", new)
+    assert (new / "best.ckpt").read_text() == "best.ckpt"
+    (new / "best.ckpt").write_text("own")
+    bring_best(old / "last.ckpt", new)
+    assert (new / "best.ckpt").read_text() == "own"
+
+
+def test_a_finished_run_that_is_scored_again_keeps_its_times(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    few = [*tiny, "trainer.max_steps=1", "evaluate=false"]
+    train(compose("train", few), tmp_path)
+    before = (tmp_path / "environment.json").read_text()
+    train(compose("train", [*few, "ckpt=last"]), tmp_path)
+    assert (tmp_path / "environment.json").read_text() == before
+    assert json.loads(before)["finished"]
+
+
+def test_gradients_are_clipped_in_mixed_precision(tiny: list[str], tmp_path: Path) -> None:
+    few = [*tiny, "trainer.max_steps=1", "evaluate=false", "trainer.precision=bf16-mixed"]
+    clipped = "trainer.gradient_clip_val=1e-9"
+    train(compose("train", [*few, clipped, "method.weight_decay=0"]), tmp_path)
+    moments = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
+    norm = sum(float(s["exp_avg"].square().sum()) for s in moments[0]["state"].values()) ** 0.5
+    assert 0 < norm < 1e-9  # a tenth of the clipped gradient
+
+
+def test_a_full_disk_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(1)}, target)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match=r"could not be written .*is whole\. Make room, then go on"):
+        AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(1)}, target)
+    assert torch.load(target, weights_only=True)["a"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

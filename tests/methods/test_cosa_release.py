@@ -230,3 +230,19 @@ def test_momentum_zero_is_no_swapping() -> None:
     AssignmentEMA(0.0).on_train_batch_end(trainer, method, None, None, 0)  # type: ignore[arg-type]
     for a, b in zip(method.network.parameters(), method.assignment.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_early_cam_has_a_threshold_of_its_own() -> None:
+    method = make(**PAIR | {"early_threshold": [0.1, 0.9]})
+    b = batch()
+    assigned = method.assign(b)
+    pseudo = method.label(assigned, method.update_thresholds(assigned, b.valid), b)
+    for cam, label, (low, high) in (
+        (assigned.cam, pseudo.cpl, (0.25, 0.7)),
+        (assigned.early_cam, pseudo.early_cpl, (0.1, 0.9)),
+    ):
+        nu = cam.amax(1)
+        assert torch.equal((label == 0) & b.valid, (nu < low) & b.valid)
+        assert torch.equal((label == 255) & b.valid, (nu >= low) & (nu < high) & b.valid)
+    with pytest.raises(UserError, match="give both one threshold, or both two"):
+        make(**PAIR | {"early_threshold": 0.4})

@@ -374,7 +374,7 @@ class TestAddOns:
     def test_are_their_losses_on_what_the_step_made(self) -> None:
         addons = {
             "distribution": Distribution(num_samples=0, threshold=0.6),
-            "affinity": Affinity(high=0.9),  # of a label that it does not make
+            "affinity": Affinity(),  # whose own label would be of 0.7
         }
         method, b = make(addons=addons), batch()
         made = method.step(b)
@@ -529,3 +529,12 @@ def test_options_that_cannot_be(
 def test_a_walk_that_cannot_be_is_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises((UserError, ValueError)):
         make(**options)
+
+
+def test_an_affinity_loss_with_labels_of_its_own_is_refused() -> None:
+    """With mutual refinement it takes the method's."""
+    for name, value in (("high", 0.9), ("renormalise", True), ("walk_power", 8.0)):
+        with pytest.raises(UserError, match=rf"addon\.affinity\.{name}={value}: .*method\.{name}="):
+            make(addons={"affinity": Affinity(**{name: value})})
+    make(refine="par", addons={"affinity": Affinity(high=0.6)})
+    make(high=0.6, addons={"affinity": Affinity(high=0.6)})

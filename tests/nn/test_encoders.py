@@ -146,6 +146,7 @@ def test_pretrained_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("resnet10t", {"img_size": 64}, r"\['img_size'\] cannot give"),
         ("vit_tiny_patch16_224", {"output_stride": 8}, "does not take"),
         ("mixer_s16_224", {}, "choose a CNN such as resnet50 or a plain ViT"),
+        ("vit_tiny_r_s16_p8_224", {}, r"32 pixels a token, patches of 8\): choose a plain ViT"),
     ],
 )
 def test_unfit(name: str, options: dict[str, Any], message: str) -> None:
@@ -188,3 +189,13 @@ def test_weights_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPat
     wanted = rf"cannot fetch the weights of {name} .*: give backbone\.weights=FILE, or"
     with pytest.raises(UserError, match=wanted):
         make_encoder(name, pretrained=True)
+
+
+def test_colours_are_those_that_the_weights_were_used_with() -> None:
+    """CoSA and ToCo feed their ViT-B with ImageNet's; every other model gets its own."""
+
+    def mean(name: str) -> list[float]:
+        return ViTEncoder(name, early_block=-1, depth=1).mean.flatten().tolist()
+
+    assert mean("vit_base_patch16_224.orig_in21k_ft_in1k") == pytest.approx([0.485, 0.456, 0.406])
+    assert mean("vit_base_patch16_224.augreg_in21k_ft_in1k") == pytest.approx([0.5, 0.5, 0.5])

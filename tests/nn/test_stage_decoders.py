@@ -170,3 +170,18 @@ def test_largefov_by_function() -> None:
     assert decoder.conv1.weight.shape == (8, 32, 3, 3)
     assert decoder.conv1.dilation == decoder.conv2.padding == (3, 3)
     assert decoder.classifier.weight.shape == (4, 8, 1, 1)
+
+
+def test_one_image_a_rank_is_enough_where_ranks_normalise_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = make("deeplab 16").train()
+    stages = {i: torch.rand(1, d, 8, 8) for i, d in enumerate((8, 8, 16, 24, 32))}
+    decoder = network.decoder
+    assert isinstance(decoder, StageDecoder)
+    assert not decoder._spans_ranks()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="got 1 image"):
+        decoder(stages)  # each rank alone
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(decoder)._spans_ranks()

@@ -117,6 +117,13 @@ def test_results_among_the_images(source: str) -> None:
         find_images(source, Path("in"))
 
 
+def test_a_name_that_is_missing_in_a_folder_called_like_a_pattern() -> None:
+    touch("[2024] trip/a.jpg")
+    with pytest.raises(UserError, match=r"no such file or folder"):
+        find_images("[2024] trip/missing.jpg", OUT)
+    assert len(find_images("[2024] trip/*.jpg", OUT).files) == 1
+
+
 def test_nothing_there() -> None:
     touch("photos/a.jpg", "photos/b.heic", "empty/x.heic", "empty/y.heic", "empty/z", "Photo.jpeg")
     Path("nothing").mkdir()

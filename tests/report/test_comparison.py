@@ -82,8 +82,9 @@ def test_order_of_names_and_those_of_the_printed_table() -> None:
 
 
 def test_mean_and_deviation_of_what_exists() -> None:
-    assert mean_and_deviation([1.0, 2.0, None, 3.0]) == "2.00 +- 1.00"
-    assert mean_and_deviation([1.0, None]) == "1.00"
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.00 +- 1.00"
+    assert mean_and_deviation([1.0, 2.0, None, 3.0]) == "2.00 +- 1.00 (n=3)"
+    assert mean_and_deviation([1.0, None]) == "1.00 (n=1)"
     assert mean_and_deviation([None]) == "-"
 
 

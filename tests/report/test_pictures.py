@@ -303,9 +303,9 @@ def test_callback_draws_images_spread_over_the_set(
     drawn: list[PanelSet] = []
     autocast: list[bool] = []
 
-    def spy(method: Method, batch: EvalBatch) -> list[PanelSet]:
+    def spy(method: Method, batch: EvalBatch, threshold: float | None) -> list[PanelSet]:
         autocast.append(torch.is_autocast_enabled("cpu"))
-        drawn.extend(rows := draw_panels(method, batch))
+        drawn.extend(rows := draw_panels(method, batch, threshold))
         return rows
 
     monkeypatch.setattr("wsss.callbacks.pictures.draw_panels", spy)

@@ -116,6 +116,15 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group() -> None:
     assert [[r.seed for r in group] for group in groups] == [["0", "1", "4"], ["0"], ["2"], ["3"]]
 
 
+def test_what_a_machine_decides_makes_no_other_experiment() -> None:
+    def on(seed: int, workers: int, **trainer: object) -> Any:
+        return run("cosa", seed, data={"num_workers": workers, "root": "a"}, trainer=trainer)
+
+    runs = [on(0, 2, devices=1, max_steps=5), on(1, 8, devices=4, max_steps=5, progress=False)]
+    assert len(seed_groups(runs)) == 1
+    assert len(seed_groups([*runs, on(2, 2, devices=1, max_steps=9)])) == 2
+
+
 def sweep() -> list[Any]:
     """csc_weight x raw x seed, not in order; early blocks differ with the weight."""
     return [

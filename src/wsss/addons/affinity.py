@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -31,7 +32,8 @@ class Affinity(AddOn):
             that know nothing of each other, whatever the grid. Without it all affinities are near
             1/N, and the loss has next to no gradient.
         high, low, walk_power, walk_steps, renormalise, par_scale: of
-            :class:`~wsss.pseudo.MutualRefinement`.
+            :class:`~wsss.pseudo.MutualRefinement`; None: its own defaults. They have to be the
+            method's where that makes the label.
         start_step, cams: of :class:`~wsss.addons.AddOn`.
 
     Raises:
@@ -49,12 +51,12 @@ class Affinity(AddOn):
         temperature: float = 0.5,
         log: bool = False,
         scale_affinity: bool = False,
-        high: float = 0.7,
-        low: float = 0.25,
-        walk_power: float = 2.0,
-        walk_steps: int = 1,
-        renormalise: bool = False,
-        par_scale: float = 0.5,
+        high: float | None = None,
+        low: float | None = None,
+        walk_power: float | None = None,
+        walk_steps: int | None = None,
+        renormalise: bool | None = None,
+        par_scale: float | None = None,
         start_step: int = 0,
         cams: Sequence[str] = ("cam",),
     ) -> None:
@@ -66,9 +68,17 @@ class Affinity(AddOn):
         self.temperature = temperature
         self.log = log
         self.scale_affinity = scale_affinity
-        self.refinement = MutualRefinement(
-            high, low, walk_power, walk_steps, renormalise, par_scale
-        )
+        options: dict[str, Any] = {
+            "high": high,
+            "low": low,
+            "walk_power": walk_power,
+            "walk_steps": walk_steps,
+            "renormalise": renormalise,
+            "par_scale": par_scale,
+        }
+        #: settings of the label that were given
+        self.label_settings = {key: value for key, value in options.items() if value is not None}
+        self.refinement = MutualRefinement(**self.label_settings)
 
     @property
     def weight(self) -> float:

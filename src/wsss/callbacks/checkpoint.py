@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from wsss.errors import UserError
 from wsss.log import tell
 
 
@@ -32,6 +33,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             torch.save(checkpoint, part)
             part.replace(target)
+        except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            there = "the one that is there is whole" if target.exists() else "there is none yet"
+            raise UserError(
+                f"'{target}' could not be written ({reason}); {there}. Make room, then go on with "
+                "ckpt=last and this run's output_dir."
+            ) from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -56,6 +64,25 @@ class BestCheckpoint(ModelCheckpoint):
         # Lightning's own class wrote it into earlier checkpoints.
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning forgets the best score when the folder is another one, such as the same one
+        after it was moved; here it counts as long as its ``best.ckpt`` is beside the run."""
+        folder = str(self.dirpath)
+        here = Path(folder) / Path(state_dict["best_model_path"] or "-").name
+        if here.is_file():
+            paths = {
+                str(Path(folder) / Path(path).name): score
+                for path, score in state_dict["best_k_models"].items()
+            }
+            worst = state_dict["kth_best_model_path"]
+            state_dict = state_dict | {
+                "dirpath": folder,
+                "best_model_path": str(here),
+                "best_k_models": paths,
+                "kth_best_model_path": str(Path(folder) / Path(worst).name) if worst else "",
+            }
+        super().load_state_dict(state_dict)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         score = trainer.callback_metrics.get(str(self.monitor))
         if score is None or not score.isnan():
@@ -64,6 +91,8 @@ class BestCheckpoint(ModelCheckpoint):
 
 class ResumableInterrupt(Checkpoint):
     """The first Ctrl-C ends the run after the current step, with a checkpoint; a second at once.
+
+    So does SIGTERM, which schedulers send before they kill, and ``kill`` without more.
 
     A ``Checkpoint``, so that Lightning calls it after all other callbacks, the moving average
     among them: what it saves is the whole step.
@@ -75,12 +104,14 @@ class ResumableInterrupt(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.interrupted = False
+        self.exit_code = 130
         self._asked = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()
@@ -115,12 +146,16 @@ class ResumableInterrupt(Checkpoint):
             trainer.limit_val_batches = 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        self.exit_code = 128 + number
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self._asked:
+            raise SystemExit(self.exit_code)
         self._asked = True
-        print("Ctrl-C: saving after this step (again: stop at once).", flush=True)
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        print(f"{name}: saving after this step (again: stop at once).", flush=True)
 
     def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous = {}

@@ -10,7 +10,15 @@ from lightning.pytorch.loggers import WandbLogger
 
 from wsss.data.batch import EvalBatch
 from wsss.methods.base import Method
-from wsss.report.pictures import PanelSet, draw_panels, grid, save_png, spread, strip
+from wsss.report.pictures import (
+    PanelSet,
+    draw_panels,
+    grid,
+    save_png,
+    scored_threshold,
+    spread,
+    strip,
+)
 from wsss.report.tables import collect
 
 
@@ -23,11 +31,13 @@ class PictureLogger(L.Callback):
     Args:
         folder: where the pictures go.
         count: number of images, spread evenly over what the first rank evaluates.
+        step: of the weights; None: the trainer's, which counts none where it does not train.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, count: int, step: int | None = None) -> None:
         self.folder = folder
         self.count = count
+        self.step = step
         self._rows: list[PanelSet] = []
         self._drawn_step = -1
 
@@ -62,22 +72,25 @@ class PictureLogger(L.Callback):
             [batch.masks[i] for i in here],
             [batch.names[i] for i in here],
         )
+        # While it trains the CPL is what it trains on, afterwards what is scored.
+        scored = self.step is not None and method.evaluates_cam
+        threshold = scored_threshold(method) if scored else None
         # Lightning switches mixed precision on in *_step alone.
         with trainer.precision_plugin.forward_context():
-            self._rows += draw_panels(method, chosen)
+            self._rows += draw_panels(method, chosen, threshold)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._rows:
             return
         method = cast(Method, pl_module)
-        step = trainer.global_step
+        step = trainer.global_step if self.step is None else self.step
         picture = grid(self._rows, legend=method.classes)
         save_png(picture, self.folder / f"step_{step:06d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._log_wandb(logger, method, step)
         self._rows = []
-        self._drawn_step = step
+        self._drawn_step = trainer.global_step
 
     def _log_wandb(self, logger: WandbLogger, method: Method, step: int) -> None:
         logger.log_image(

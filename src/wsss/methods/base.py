@@ -312,6 +312,7 @@ class Method(L.LightningModule):
             self.weight_decay,
             self.betas,
             self.sgd_momentum,
+            clipped=bool(getattr(self.trainer, "gradient_clip_val", None)),
         )
         total = self.trainer.max_steps
 

@@ -101,12 +101,14 @@ class CoSA(Method):
         threshold: estimator of the background threshold: ``otsu``, ``gmm``, ``gmm_full``,
             ``min_error``, or a number for a fixed one. Two numbers, low and high, or ``gmm3``,
             which estimates them, leave the pixels in between undecided (release).
+        early_threshold: that of the early CAM; None: ``threshold`` too.
         threshold_queue, threshold_min, threshold_max, threshold_momentum: of
             :class:`~wsss.pseudo.DynamicThreshold`.
         c2s_weight, s2c_weight, csc_weight: weights of the three groups of losses (eq. 11).
         raw: weigh pixels by reliability (eq. 5); False weighs all alike.
         raw_alpha, raw_beta: of the perplexity (eq. 4).
-        balanced: halve CAM2Seg between background and foreground means; eq. 5 as printed, False.
+        balanced: halve CAM2Seg between background and foreground means, as the published code;
+            eq. 5 as printed, False.
         spl_temperature: tau of the SPL (eq. 7).
         s2c_relu: ReLU on the CAM before Seg2CAM's sigmoid.
         csc_max_perplexity, csc_temperature: epsilon and tau of eq. 9 and 10.
@@ -142,6 +144,7 @@ class CoSA(Method):
         loss_warmup_steps: int = 6000,
         threshold_fill_steps: int = 50,
         threshold: str | float | Sequence[float] = "otsu",
+        early_threshold: str | float | Sequence[float] | None = None,
         threshold_queue: int = 100,
         threshold_min: float = 0.1,
         threshold_max: float = 0.9,
@@ -234,10 +237,16 @@ class CoSA(Method):
         self.energy_sigma_xy = energy_sigma_xy
         self.energy_factor = energy_factor
 
-        settings = (threshold, threshold_queue, threshold_min, threshold_max, threshold_momentum)
-        self.threshold = make_threshold(*settings, stride=4)
-        self.early_threshold = make_threshold(*settings, stride=4)
+        settings = (threshold_queue, threshold_min, threshold_max, threshold_momentum)
+        of_early = threshold if early_threshold is None else early_threshold
+        self.threshold = make_threshold(threshold, *settings, stride=4)
+        self.early_threshold = make_threshold(of_early, *settings, stride=4)
         pair = self.threshold.value.dim() == 1
+        if pair != (self.early_threshold.value.dim() == 1):
+            raise UserError(
+                f"method.threshold={threshold} and method.early_threshold={early_threshold}: give "
+                "both one threshold, or both two."
+            )
         if pair and (raw or csc_weight):
             raise UserError(
                 f"method.threshold={threshold} leaves pixels undecided; RAW and CSC measure the "

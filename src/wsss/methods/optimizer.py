@@ -17,6 +17,7 @@ def make_optimizer(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
     momentum: float = 0.9,
+    clipped: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW as CoSA uses it, or SGD as SEAM and other classic methods do.
 
@@ -31,6 +32,8 @@ def make_optimizer(
         weight_decay: of weights; with AdamW of biases too.
         betas: of AdamW.
         momentum: of SGD.
+        clipped: the gradient will be clipped, which Lightning refuses in mixed precision with a
+            fused optimizer.
     """
     heads = {id(p) for p in network.head_parameters()}
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -40,7 +43,9 @@ def make_optimizer(
             {"params": [p for p in trained.values() if (id(p) in heads) == head], "lr": rate}
             for head, rate in rates
         ]
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(
+            groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=not clipped
+        )
     groups = [
         {
             "params": [

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss.addons import Step, View
+from wsss.addons import Affinity, Step, View
 from wsss.data.batch import Batch
 from wsss.errors import UserError
 from wsss.losses import cam2seg_loss, dense_energy_loss, token_contrast_loss
@@ -100,6 +100,7 @@ class UniA(Method):
         self.refinement = MutualRefinement(
             high, low, walk_power, walk_steps, renormalise, par_scale
         )
+        self._check_labels()
         self.aux_steps = aux_steps
         self.loss_warmup_steps = loss_warmup_steps
         self.seg_weight = seg_weight
@@ -110,6 +111,20 @@ class UniA(Method):
         self.energy_sigma_rgb = energy_sigma_rgb
         self.energy_sigma_xy = energy_sigma_xy
         self.energy_factor = energy_factor
+
+    def _check_labels(self) -> None:
+        """An affinity loss takes the method's mutually refined label: its own settings of labels
+        would do nothing."""
+        for name, addon in self.addons.items():
+            if self.refine != "mutual" or not isinstance(addon, Affinity):
+                continue
+            for key, own in addon.label_settings.items():
+                ours = getattr(self.refinement, key)
+                if own != ours:
+                    raise UserError(
+                        f"addon.{name}.{key}={own}: with method.refine=mutual the label is the "
+                        f"method's, of method.{key}={ours}. Set that one alone."
+                    )
 
     def loss_weights(self) -> dict[str, float]:
         return {

@@ -16,6 +16,7 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import eva
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -24,6 +25,16 @@ from wsss.errors import UserError
 
 _UNFUSED_TOKENS = 1024
 _HEAD = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
+
+
+#: models that the published code feeds otherwise than they were pretrained: CoSA's and ToCo's, this
+#: one with ImageNet's mean and deviation instead of 0.5
+COLOURS = {
+    "vit_base_patch16_224.orig_in21k_ft_in1k": {
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+    }
+}
 
 
 class ViTEncoder(nn.Module):
@@ -75,11 +86,17 @@ class ViTEncoder(nn.Module):
         self.dim: int = self.vit.embed_dim
         self.early_dim = self.dim
         self.patch_size: tuple[int, int] = tuple(self.vit.patch_embed.patch_size)
+        ratio = tuple(self.vit.patch_embed.feat_ratio(as_scalar=False))
+        if ratio != self.patch_size:
+            raise UserError(
+                f"backbone.name='{name}' puts other layers before its patches ({ratio[0]} pixels a "
+                f"token, patches of {self.patch_size[0]}): choose a plain ViT."
+            )
         self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 1)
         # Normalisation is the backbone's own: ViTs of timm differ (0.5/0.5, ImageNet, CLIP).
-        config = self.vit.pretrained_cfg
+        colours = self.vit.pretrained_cfg | COLOURS.get(name, {})
         for key in ("mean", "std"):
-            value = torch.tensor(config[key], dtype=torch.float32).view(1, 3, 1, 1)
+            value = torch.tensor(colours[key], dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(key, value, persistent=False)
         if weights is not None:
             load_backbone_weights(self.vit, name, Path(weights))

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.base.initialization import initialize_decoder
 from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
@@ -69,9 +70,17 @@ class StageDecoder(nn.Module):
         assert self.classifier.bias is not None
         nn.init.zeros_(self.classifier.bias)
 
+    def _spans_ranks(self) -> bool:
+        """Whether batch statistics are of all ranks' images together."""
+        return (
+            any(isinstance(module, nn.SyncBatchNorm) for module in self.modules())
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        )
+
     def forward(self, stages: Mapping[int, Tensor]) -> Tensor:
         chosen = [stages[i] for i in self.read]
-        if self.training and len(chosen[0]) < 2:
+        if self.training and len(chosen[0]) < 2 and not self._spans_ranks():
             raise UserError(
                 f"decoder={type(self).__name__} normalises over the batch and got 1 image: give "
                 "data.batch_size at least 2 for each GPU and accumulated micro-batch."

@@ -65,6 +65,8 @@ def find_images(source: str, output_dir: Path) -> Found:
         fixed = 0
         while not glob.has_magic(path.parts[fixed]) or Path(*path.parts[: fixed + 1]).is_dir():
             fixed += 1  # a folder may be called "[2024] trip"
+            if fixed == len(path.parts) or not glob.has_magic(str(Path(*path.parts[fixed:]))):
+                raise UserError(_missing(path))
         base = Path(*path.parts[:fixed])
         pattern = str(Path(*path.parts[fixed:]))
         # Unlike Path.glob, it leaves hidden files out.

@@ -100,11 +100,12 @@ def _values(run: Run, keys: Iterable[str]) -> list[str]:
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> str:
-    """``mean +- sd`` (n - 1) of the values that exist."""
+    """``mean +- sd`` (n - 1) of the values that exist, with their number where some do not."""
     kept = [v for v in values if v is not None]
+    some = f" (n={len(kept)})" if 0 < len(kept) < len(values) else ""
     if len(kept) < 2:
-        return number(kept[0] if kept else None)
-    return f"{statistics.fmean(kept):.2f} +- {statistics.stdev(kept):.2f}"
+        return number(kept[0] if kept else None) + some
+    return f"{statistics.fmean(kept):.2f} +- {statistics.stdev(kept):.2f}{some}"
 
 
 def rich_table(runs: Sequence[Run], console: Console) -> Table:

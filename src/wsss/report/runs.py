@@ -14,9 +14,12 @@ from typing import Any, cast
 from omegaconf import ListConfig, OmegaConf
 
 from wsss.errors import UserError
+from wsss.resume import TRAINER
 
 #: what may differ between runs that count as seeds of one experiment
 SEED_KEYS = ("seed", "name", "output_dir", "overwrite", "ckpt", "logger", "pictures", "evaluate")
+#: what a run's machine decides, besides its trainer, and the copy of a seed
+MACHINE_KEYS = ("data.seed", "data.num_workers", "data.eval_batch_size")
 
 
 @dataclass
@@ -280,7 +283,11 @@ def _settings(run: Run) -> dict[str, Any]:
     """Settings by dotted key, sorted, without those that seeds of one experiment differ in."""
     config = {key: value for key, value in run.config.items() if key not in SEED_KEYS}
     leaves = dict(sorted(_leaves(config, ""), key=lambda leaf: leaf[0]))
-    leaves.pop("data.seed", None)
+    for key in list(leaves):
+        group, _, last = key.rpartition(".")
+        of_trainer = group == "trainer" and last not in (*TRAINER, "sync_batchnorm")
+        if key in MACHINE_KEYS or of_trainer:
+            del leaves[key]
     # One setting that every run has, before those of each add-on that some runs lack.
     addons = config.get("addon") or {}
     leaves["addon"] = "+".join(name for name, chosen in addons.items() if chosen) or "-"
