@@ -36,9 +36,8 @@ demo: install  ## train CoSA, its lower and its upper bound on generated images;
 	$(BIN)/wsss train experiment=cosa_shapes seed=$(SEED) output_dir=$(DEMO)/cosa overwrite=true
 	$(BIN)/wsss report 'runs=[$(DEMO)/supervised,$(DEMO)/cam,$(DEMO)/cosa]' output_dir=$(DEMO)/report
 
-# Files in their order: the slow ones, of commands, come early, and no worker ends alone with one.
 test: install  ## run the tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
