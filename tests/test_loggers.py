@@ -64,6 +64,19 @@ def test_each_run_is_one_of_wandb_and_goes_on_as_the_same(
     assert not (tmp_path / "0" / "wandb_run.txt").exists()
 
 
+def test_a_run_of_somebody_elses_is_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    own = wandb.init(mode="disabled", dir=tmp_path)
+    try:
+        with wandb_run_ends():
+            pass
+        assert wandb.run is own
+    finally:
+        wandb.finish()
+
+
 def test_a_run_that_is_switched_off_stays_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

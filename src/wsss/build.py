@@ -175,14 +175,12 @@ def kept_of_experiment(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
     if _method_of(folder / "experiment" / f"{experiment}.yaml") in (None, method):
         return []
     own = _with_bases(folder / "method" / f"{method}.yaml")
-    kept = []
-    for key, default in own.items():
-        if f"method.{key}" in typed or key == "_target_" or key not in cfg.method:
-            continue
-        value = OmegaConf.to_container(cfg.method, resolve=False)[str(key)]  # type: ignore[index,call-overload]
-        if value != default:
-            kept.append(f"method.{key}={value} (its own: {default})")
-    return kept
+    now = cast(dict[Any, Any], OmegaConf.to_container(cfg.method, resolve=False))
+    return [
+        f"method.{key}={now[key]} (its own: {default})"
+        for key, default in own.items()
+        if key != "_target_" and f"method.{key}" not in typed and key in now and now[key] != default
+    ]
 
 
 def _with_bases(file: Path) -> dict[Any, Any]:

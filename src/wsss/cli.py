@@ -76,6 +76,7 @@ def hydra_command(config_name: str, main: Callable[[DictConfig], Any]) -> None:
                 raise
             if not _sweeps_here():
                 fail(str(error))
+            keep(str(error), logging.ERROR)
             failed.append(f"{HydraConfig.get().job.num} ({error})")
         except Exception as error:
             if not _sweeps_here():

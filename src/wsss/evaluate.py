@@ -150,9 +150,11 @@ def default_folder(cfg: DictConfig, checkpoint: Path) -> Path:
     folder = checkpoint.parent
     run = folder.parent if folder.name == "checkpoints" else folder
     others = {"best.ckpt", checkpoint.name} <= {path.name for path in folder.glob("*.ckpt")}
+    # A root that is not set is told where the data are opened.
+    root = OmegaConf.select(cfg, "data.root") if "_target_" in cfg.data else None
     parts = [
         checkpoint.stem if others and checkpoint.name != "best.ckpt" else None,
-        Path(cfg.data.root).name if "_target_" in cfg.data else None,
+        None if root is None else Path(root).name,
         None if cfg.split is None else Path(cfg.split).stem,  # which may be the path of a list
         cfg.crf,
     ]

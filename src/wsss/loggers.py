@@ -62,19 +62,23 @@ def make_wandb_logger(
 
 @contextmanager
 def wandb_run_ends() -> Iterator[None]:
-    """Ends W&B's run with what is inside, so that the next of this process is another one."""
+    """Ends W&B's run with what is inside, so that the next of this process is another one.
+
+    One that was there before is its owner's to end.
+    """
+    before = _wandb_run()
+    exit_code = 1
     try:
         yield
-    except BaseException:
-        _end_wandb(exit_code=1)
-        raise
-    _end_wandb(exit_code=0)
+        exit_code = 0
+    finally:
+        if before is None and _wandb_run() is not None:
+            sys.modules["wandb"].finish(exit_code=exit_code)
 
 
-def _end_wandb(exit_code: int) -> None:
-    wandb = sys.modules.get("wandb")  # else nothing was logged
-    if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=exit_code)
+def _wandb_run() -> Any:
+    wandb = sys.modules.get("wandb")  # not imported: nothing is logged there
+    return None if wandb is None else wandb.run
 
 
 def _run_id(folder: Path) -> str:

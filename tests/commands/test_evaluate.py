@@ -830,6 +830,7 @@ def test_one_evaluation_does_not_replace_another(checkpoint: Path) -> None:
         assert folder(checkpoint, "split=train", "crf=cosa") == "evaluation_train_cosa"
         assert folder(checkpoint, "data=voc", "data.root=/d/VOC2012") == "evaluation_VOC2012"
         assert folder(last, "split=/lists/hard.txt") == "evaluation_last_hard"
+        assert folder(checkpoint, "data=voc") == "evaluation"  # told when the data are opened
     finally:
         for name in ("last.ckpt", "step_000001.ckpt"):
             checkpoint.with_name(name).unlink()
