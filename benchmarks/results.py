@@ -68,8 +68,15 @@ COLUMNS = {
 BOUND = "supervised"
 #: groups of the configuration that make a run what it is
 COMPARED = ("method", "view", "backbone", "decoder", "neck", "addon", "trainer", "data")
-#: keys that do not: where things lie, and what says the same as another
-IGNORED = ("data.root", "data.masks", "backbone.weights", "data.view.", "data.seed")
+#: keys that do not: where things lie, what the machine decides, and what says the same as another
+IGNORED = (
+    "data.root",
+    "data.masks",
+    "backbone.weights",
+    "data.view.",
+    "data.seed",
+    "trainer.precision",
+)
 #: keys that do nothing where a method has no CAM
 OF_CAMS = ("method.cam_scales", "method.cpl_threshold")
 #: what a recorded run has its row's fingerprint under
@@ -502,10 +509,12 @@ def minutes_of(environment: dict[str, Any]) -> float | None:
 
 
 def device(environment: dict[str, Any]) -> str:
-    """What a run was trained on: the GPU's name, else the processor's, without its marks."""
+    """What a run was trained on: the GPU's name, else the processor's, without its marks; and that
+    it computed in float32, if it did."""
     found = environment.get("devices") or [environment.get("cpu") or "CPU"]
     name = str(found[0]["name"] if isinstance(found[0], dict) else found[0])
-    return re.sub(r"\((R|TM)\)|\d+-Core|Processor|CPU @.*", "", name).strip() or "CPU"
+    name = re.sub(r"\((R|TM)\)|\d+-Core|Processor|CPU @.*", "", name).strip() or "CPU"
+    return f"{name} (fp32)" if environment.get("precision") == "32-true" else name
 
 
 def deviation(values: Iterable[float | None], digits: int = 1) -> str:

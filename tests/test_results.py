@@ -441,6 +441,8 @@ def test_rows_have_the_bound_of_their_network(results: ModuleType) -> None:
         ({"cpu": "AMD EPYC 7R13 48-Core Processor", "devices": []}, "AMD EPYC 7R13"),
         ({"cpu": "Intel(R) Xeon(R) CPU @ 2.00GHz"}, "Intel Xeon"),
         ({"devices": [{"name": "NVIDIA H100"}], "cpu": "x"}, "NVIDIA H100"),
+        ({"cpu": "AMD EPYC", "precision": "32-true"}, "AMD EPYC (fp32)"),
+        ({"cpu": "AMD EPYC", "precision": "bf16-mixed"}, "AMD EPYC"),
         ({}, "CPU"),
     ],
 )

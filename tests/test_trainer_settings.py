@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.commands.conftest import TINY, compose
+from wsss import inference, trainer_settings
 from wsss.errors import UserError
-from wsss.inference import PRECISIONS, accelerator_name, find_device, precision_name
+from wsss.inference import (
+    PRECISIONS,
+    accelerator_name,
+    find_device,
+    has_bf16,
+    precision_after,
+    precision_name,
+    precision_on,
+)
 from wsss.train import train
 from wsss.trainer_settings import check_trainer
 
@@ -27,7 +37,7 @@ from wsss.trainer_settings import check_trainer
         ("accumulate_grad_batches=0", r"accumulate_grad_batches=0"),
         ("gradient_clip_val=much", r"gradient_clip_val=much: give the largest norm"),
         ("progress=maybe", r"trainer\.progress=maybe: choose true or false"),
-        ("precision=fp16", r"trainer\.precision='fp16': choose one of 32-true, bf16-mixed, 16-"),
+        ("precision=fp16", r"trainer\.precision='fp16': choose one of auto, 32-true, bf16-"),
         ("precision=bf16-true", r"trainer\.precision='bf16-true'"),
         ("precision=64", r"trainer\.precision='64'"),
         ("devices=abc", r"trainer\.devices=abc .*does not work on this machine"),
@@ -68,6 +78,68 @@ def test_names_of_precisions() -> None:
     names = aliases | {"bf16": "bf16-mixed"} | {name: name for name in PRECISIONS}
     for value, name in names.items():
         assert precision_name(value) == name
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "found"),
+    [
+        ({"avx2": True}, False),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"bf16": True, "neon": True}, False),  # ARM
+    ],
+)
+def test_processors_that_compute_in_bf16(
+    capabilities: dict[str, bool], found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_bf16(CPU) is found
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # a torch that does not know
+    assert not has_bf16(CPU)
+
+
+def test_gpus_that_compute_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for major in (7, 8):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        about = SimpleNamespace(major=major)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, about=about: about)
+        assert has_bf16(torch.device("cuda")) is (major == 8)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_precision_fits_the_device(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "has_bf16", lambda _: has)
+    best = "bf16-mixed" if has else "32-true"
+    assert precision_on(CPU, "auto") == best
+    for named in ("bf16-mixed", "32-true", "16-mixed"):
+        assert precision_on(CPU, named) == named  # who names one gets it
+    assert precision_after("bf16-mixed", CPU) == best  # trained elsewhere, used here
+    assert precision_after("bf16", CPU) == best
+    assert precision_after("auto", CPU) == best
+    assert precision_after("32-true", CPU) == "32-true"
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_run_knows_what_auto_meant(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (inference, trainer_settings):
+        monkeypatch.setattr(module, "has_bf16", lambda _: has)
+    plain = [it for it in TINY if "precision" not in it]
+    cfg = compose("train", [*plain, "data.root=x"])
+    assert cfg.trainer.precision == "auto"
+    check_trainer(cfg)
+    assert cfg.trainer.precision == ("bf16-mixed" if has else "32-true")
+
+
+def test_emulated_bf16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_settings, "has_bf16", lambda _: False)
+    cfg = compose("train", [*TINY, "data.root=x", "trainer.precision=bf16"])
+    with pytest.warns(UserWarning, match=r"emulates bfloat16.*trainer\.precision=32-true"):
+        check_trainer(cfg)
 
 
 def test_apples_gpu_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

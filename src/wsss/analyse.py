@@ -35,7 +35,7 @@ from wsss.data.batch import EvalBatch
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import UserError
 from wsss.files import check_writable, write_atomically
-from wsss.inference import Inference
+from wsss.inference import Inference, find_device, precision_after
 from wsss.methods.base import Method, check_classes
 from wsss.report.pictures import scored_threshold
 
@@ -123,7 +123,8 @@ def analyse_checkpoint(
         with_networks: also score every network of the method.
         console: for the bar.
     """
-    precision = cfg.precision or str(method.run_config["trainer"]["precision"])
+    trained = method.run_config["trainer"]["precision"]
+    precision = cfg.precision or precision_after(trained, find_device(cfg.device))
     names = method.network_names if with_networks else method.network_names[:1]
     inferences = [
         Inference(method, name, cfg.device, precision, cam_scales=cfg.cam_scales) for name in names

@@ -31,7 +31,13 @@ from wsss.cli import hydra_command, nearest, quiet_libraries
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import UserError
 from wsss.files import check_writable
-from wsss.inference import Inference, accelerator_name
+from wsss.inference import (
+    Inference,
+    accelerator_name,
+    find_device,
+    precision_after,
+    precision_on,
+)
 from wsss.loggers import make_wandb_logger, wandb_run_ends
 from wsss.mask_folder import score_masks
 from wsss.methods.base import Method, check_classes
@@ -291,8 +297,11 @@ def merge(saved: DictConfig, cfg: DictConfig) -> DictConfig:
     for key in ("eval_scales", "cam_scales", "cpl_threshold"):
         if cfg[key] is not None:
             run.method[key] = cfg[key]
-    if cfg.precision is not None:
-        run.trainer.precision = cfg.precision
+    device = find_device("cpu" if cfg.accelerator == "cpu" else "auto")
+    if cfg.precision is None:
+        run.trainer.precision = precision_after(run.trainer.precision, device)
+    else:
+        run.trainer.precision = precision_on(device, cfg.precision)
     return run
 
 

@@ -16,7 +16,7 @@ from wsss.methods.base import Method
 from wsss.nn import WSSSNetwork
 from wsss.pseudo import MultiScaleOutput, multi_scale
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 #: Lightning's other names of the same
 PRECISION_ALIASES = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
@@ -37,6 +37,48 @@ def precision_name(value: object, key: str = "precision") -> str:
     return name
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16. One that emulates it takes up to ten times as long as
+    in float32: processors without AMX or AVX-512 BF16, GPUs before Ampere.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Not in every torch. ARM's instructions are left out: untried, and float32 is fast there.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return True
+
+
+def precision_on(device: torch.device, value: object, key: str = "precision") -> str:
+    """The precision that a value means on a device.
+
+    Args:
+        device: to compute on.
+        value: as :func:`precision_name` takes it; ``auto`` is ``bf16-mixed`` where the device
+            computes in bfloat16, else ``32-true``.
+        key: its name, for the message.
+
+    Raises:
+        UserError: no such precision.
+    """
+    name = precision_name(value, key)
+    if name == "auto":
+        return "bf16-mixed" if has_bf16(device) else "32-true"
+    return name
+
+
+def precision_after(training: object, device: torch.device) -> str:
+    """What a trained network is used in where nobody chose: the precision of its training, or
+    ``32-true`` if that is bfloat16 and the device would have to emulate it.
+
+    Raises:
+        UserError: no such precision.
+    """
+    name = precision_on(device, training, "trainer.precision")
+    return "32-true" if name == "bf16-mixed" and not has_bf16(device) else name
+
+
 class Inference:
     """One network of a checkpoint at its multi-scale protocol.
 
@@ -44,7 +86,8 @@ class Inference:
         method: with its weights.
         network: name of one of its networks (``an``, ``on``); None takes the one to deploy.
         device: ``cpu``, ``cuda``, ``cuda:1`` ... or ``auto``: the first GPU, else the CPU.
-        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``, or an alias of one.
+        precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or an alias of one, or ``auto``
+            (:func:`precision_on`).
         scales: of the segmentation logits, with flips; None takes the method's.
         cam_scales: of the CAMs, with flips; None takes the method's.
 
@@ -69,10 +112,10 @@ class Inference:
         networks = method.networks()
         if network is not None and network not in networks:
             raise UserError(f"network='{network}': this method has {', '.join(networks)}.")
-        self.precision = precision_name(precision)
+        self.device = find_device(device)
+        self.precision = precision_on(self.device, precision)
         self.method = method
         self.network_name = network or next(iter(networks))
-        self.device = find_device(device)
         self.network: WSSSNetwork = networks[self.network_name].to(self.device).eval()
         self.scales = tuple(scales or method.eval_scales)
         self.cam_scales = tuple(cam_scales or method.cam_scales)
@@ -92,7 +135,8 @@ class Inference:
         scales: Sequence[float] | None = None,
         cam_scales: Sequence[float] | None = None,
     ) -> Inference:
-        """From a checkpoint file or a run's folder; ``precision=None`` takes the run's.
+        """From a checkpoint file or a run's folder; ``precision=None`` is :func:`precision_after`
+        its training.
 
         Raises:
             UserError: what :func:`~wsss.checkpoints.read_checkpoint`,
@@ -102,7 +146,7 @@ class Inference:
         content = read_checkpoint(path)
         config = saved_config(content, path)
         method = restore_method(content, config, path)
-        precision = precision or config.trainer.precision
+        precision = precision or precision_after(config.trainer.precision, find_device(device))
         return cls(method, network, device, precision, scales, cam_scales)
 
     @torch.no_grad()

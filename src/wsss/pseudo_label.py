@@ -36,7 +36,7 @@ from wsss.data.images import DatasetError, count, encode_mask, summary
 from wsss.data.layout import Split
 from wsss.errors import UserError
 from wsss.files import check_writable, sha256_of, write_atomically
-from wsss.inference import Inference
+from wsss.inference import Inference, find_device, precision_after
 from wsss.labelling.affinity import AffinityRun
 from wsss.labelling.folder import COMMON, LabelFolder
 from wsss.labelling.images import OpenedSplit, load, open_split, refuse_own_folders
@@ -171,8 +171,8 @@ def merge(saved: DictConfig, cfg: DictConfig) -> DictConfig:
     run = with_data(saved, cfg.data)
     run.data.on_error = run.data.get("on_error") or "raise"
     run.data.min_side = run.data.get("min_side") or 1
-    if cfg.precision is not None:
-        run.trainer.precision = cfg.precision
+    device = find_device(cfg.device)
+    run.trainer.precision = cfg.precision or precision_after(run.trainer.precision, device)
     return run
 
 

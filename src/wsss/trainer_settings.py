@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig
 
 from wsss.errors import UserError
-from wsss.inference import accelerator_name, precision_name
+from wsss.inference import accelerator_name, find_device, has_bf16, precision_on
 
 #: whole numbers above 0; of those in OPTIONAL, null (or 0) means never, or a choice of the library
 POSITIVE = (
@@ -31,7 +32,8 @@ def check_trainer(cfg: DictConfig) -> None:
     """Check ``cfg.trainer``, and write its numbers and its precision as Lightning names them.
 
     Args:
-        cfg: changed in place: ``1e3`` steps are 1000, precision ``bf16`` is ``bf16-mixed``.
+        cfg: changed in place: ``1e3`` steps are 1000, precision ``bf16`` is ``bf16-mixed``, and
+            ``auto`` what it means on this machine.
 
     Raises:
         UserError: a value of the wrong type or size, or devices that are not there.
@@ -47,8 +49,14 @@ def check_trainer(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer.gradient_clip_val={clip}: give the largest norm of a gradient, or null."
         )
-    t.precision = precision_name(t.precision, "trainer.precision")
     t.accelerator = accelerator_name(t.accelerator, "trainer.accelerator")
+    device = find_device("cpu" if t.accelerator == "cpu" else "auto")
+    t.precision = precision_on(device, t.precision, "trainer.precision")
+    if t.precision == "bf16-mixed" and not has_bf16(device):
+        rank_zero_warn(
+            "trainer.precision=bf16-mixed: this device emulates bfloat16, which takes several "
+            "times as long as trainer.precision=32-true."
+        )
     _check_devices(cfg)
 
 
