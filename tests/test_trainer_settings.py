@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from tests.commands.conftest import TINY, compose
-from wsss import inference, trainer_settings
+from wsss import evaluate, inference, pseudo_label, trainer_settings
 from wsss.errors import UserError
 from wsss.inference import (
     PRECISIONS,
@@ -122,6 +122,20 @@ def test_precision_fits_the_device(has: bool, monkeypatch: pytest.MonkeyPatch) -
     assert precision_after("bf16", CPU) == best
     assert precision_after("auto", CPU) == best
     assert precision_after("32-true", CPU) == "32-true"
+
+
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("command", [evaluate, pseudo_label])
+def test_commands_after_training_do_not_emulate_bf16(
+    command: ModuleType, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "has_bf16", lambda _: has)
+    saved = compose("train", [*TINY, "data.root=x", "trainer.precision=bf16-mixed"])
+    for given, meant in (("null", "bf16-mixed" if has else "32-true"), ("bf16", "bf16-mixed")):
+        name = command.__name__.rpartition(".")[2]
+        cfg = compose(name, ["checkpoint=x", f"precision={given}"])
+        found = command.merge(saved, cfg).trainer.precision
+        assert precision_name(found) == meant
 
 
 @pytest.mark.parametrize("has", [True, False])

@@ -374,7 +374,7 @@ def test_a_checkpoint_of_other_classes(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("precision=fp8", "precision=fp8"),
+        ("precision=fp8", "precision='fp8': choose one of auto"),
         ("accelerator=abacus", "accelerator=abacus"),
     ],
 )
