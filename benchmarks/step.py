@@ -34,6 +34,7 @@ from wsss.build import build_data, build_method, build_network
 from wsss.cli import config_dir
 from wsss.data.batch import Batch
 from wsss.data.shapes import generate
+from wsss.inference import has_bf16
 from wsss.methods import CoSA
 
 PARTS = (
@@ -55,7 +56,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="default: bf16 where the device computes in it",
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--experiment", help="default: cosa_voc on a GPU, else cosa_voc_mini")
@@ -64,6 +69,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: the experiment's")
     parser.add_argument("--image-size", type=int, default=320, help="side of the source JPEGs")
     arguments = parser.parse_args()
+    if arguments.precision is None:
+        arguments.precision = "bf16" if has_bf16(torch.device(arguments.device)) else "fp32"
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.experiment is None:

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from wsss.inference import has_bf16
 from wsss.losses import distribution
 from wsss.nn import UncertaintyNeck
 
@@ -44,11 +45,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--grid", type=int, default=28, help="side of the token grid")
     parser.add_argument("--dim", type=int, default=768, help="channels")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the neck")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="of the neck; default: bf16 where the device computes in it",
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cell", choices=CELLS, help="one cell, printed as JSON")
     arguments = parser.parse_args()
+    if arguments.precision is None:
+        arguments.precision = "bf16" if has_bf16(torch.device(arguments.device)) else "fp32"
     numbers = (arguments.batch, arguments.grid, arguments.dim, arguments.repeats)
     if min(*arguments.samples, *numbers) < 1:
         parser.error("--samples, --batch, --grid, --dim and --repeats are numbers from 1")

@@ -30,6 +30,7 @@ from rich.table import Table
 from wsss.build import build_method, build_network
 from wsss.cli import config_dir
 from wsss.data.batch import Batch
+from wsss.inference import has_bf16
 from wsss.methods import UniA
 from wsss.methods.base import Method
 from wsss.train import apply_variant
@@ -54,9 +55,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--steps", type=int, default=10, help="measured, after one that is not")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="default: bf16 where the device computes in it",
+    )
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
+    if arguments.precision is None:
+        arguments.precision = "bf16" if has_bf16(torch.device(arguments.device)) else "fp32"
     if min(arguments.batch, arguments.steps) < 1 or arguments.classes < 2:
         parser.error("--batch and --steps are numbers from 1, --classes from 2")
     if arguments.threads:
