@@ -2,6 +2,7 @@
 
     python benchmarks/input_pipeline.py --root data/VOCdevkit/VOC2012
     python benchmarks/input_pipeline.py --images 200 --repeats 9   # on generated JPEGs
+    python benchmarks/input_pipeline.py --size 4000x3000 --max-side 512   # as data=folder shrinks
 
 Both sides read the same JPEGs and make the same views (weak: rescale, flip, crop, blur; strong: one
 appearance transform on top) from the same random draws, alternating, in one process and one
@@ -18,6 +19,7 @@ fastest counts.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -66,8 +68,11 @@ class Clock:
 class Ours:
     """``wsss.data``: from the file to the batch that goes to the device."""
 
-    def __init__(self, view: TwoViews) -> None:
+    def __init__(self, view: TwoViews, max_side: int | None) -> None:
         self.view = view
+        self.max_side = max_side
+        # What the data module asks for: enough for the largest scale.
+        self.longest = None if max_side is None else math.ceil(max_side * view.scale[1])
         self.clock = Clock()
         # The parts inside TwoViews are timed where it calls them.
         for name, part in (
@@ -83,9 +88,9 @@ class Ours:
 
     def __call__(self, path: Path, number: int) -> tuple[Tensor, Tensor]:
         self.clock = clock = Clock()
-        image = clock.timed("decode", lambda: read_rgb(path))
+        image = clock.timed("decode", lambda: read_rgb(path, longest=self.longest))
         start = time.process_time()
-        pair = self.view(image, sample_rng(0, number))
+        pair = self.view(image, sample_rng(0, number), max_side=self.max_side)
         inside = sum(clock.times[part] for part in ("blur", "appearance", "to tensor"))
         clock.times["geometry"] = time.process_time() - start - inside
         sample: Any = SimpleNamespace(
@@ -103,8 +108,9 @@ class Ours:
 class PlainWay:
     """PIL and torchvision, step by step as the views are described."""
 
-    def __init__(self, view: TwoViews) -> None:
+    def __init__(self, view: TwoViews, max_side: int | None) -> None:
         self.view = view
+        self.max_side = max_side
         self.clock = Clock()
 
     def __call__(self, path: Path, number: int) -> tuple[Tensor, Tensor]:
@@ -126,6 +132,8 @@ class PlainWay:
     def place(self, image: Image.Image, u: list[float]) -> Image.Image:
         (low, high), crop = self.view.scale, self.view.crop_size
         ratio = low + (high - low) * u[0]
+        if self.max_side is not None:
+            ratio *= min(1.0, self.max_side / max(image.size))
         size = [max(1, round(side * ratio)) for side in (image.height, image.width)]
         image = F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
         if u[1] < self.view.flip:
@@ -170,20 +178,28 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="views to draw (default: 64)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each (default: 5)")
     parser.add_argument("--crop", type=int, default=448, help="side of the views (default: 448)")
+    parser.add_argument(
+        "--size", default="500x375", help="of the generated images (default: 500x375)"
+    )
+    parser.add_argument("--max-side", type=int, help="as data.max_side (default: none)")
     arguments = parser.parse_args()
-    if min(arguments.images, arguments.repeats, arguments.crop) < 1:
-        parser.error("--images, --repeats and --crop are numbers from 1")
+    if min(arguments.images, arguments.repeats, arguments.crop, arguments.max_side or 1) < 1:
+        parser.error("--images, --repeats, --crop and --max-side are numbers from 1")
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as folder:
-        paths = list_images(arguments.root) if arguments.root else generate(Path(folder))
+        if arguments.root:
+            paths = list_images(arguments.root)
+        else:
+            width, height = map(int, arguments.size.split("x"))
+            paths = generate(Path(folder), width, height)
         if not paths:
             parser.error(f"--root {arguments.root}: no images in that folder")
         # Spread over the list; a short list is gone through again with other draws.
         step = max(1, len(paths) // arguments.images)
         chosen = [paths[n * step % len(paths)] for n in range(arguments.images)]
         view = TwoViews(arguments.crop)
-        times, difference = measure(view, chosen, arguments.repeats)
+        times, difference = measure(view, chosen, arguments.repeats, arguments.max_side)
         sizes = [Image.open(path).size for path in chosen]
     report(times, difference, sizes, arguments)
 
@@ -193,13 +209,13 @@ def list_images(root: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix in IMAGE_SUFFIXES)
 
 
-def generate(folder: Path) -> list[Path]:
-    """Smooth random colours with grain, about as large as VOC's files."""
+def generate(folder: Path, width: int, height: int) -> list[Path]:
+    """Smooth random colours with grain; of VOC's size, files are about as large as VOC's."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{n:02}.jpg" for n in range(GENERATED)]
     for path in paths:
         smooth = cv2.resize(
-            rng.random((12, 16, 3)) * 255, (500, 375), interpolation=cv2.INTER_CUBIC
+            rng.random((12, 16, 3)) * 255, (width, height), interpolation=cv2.INTER_CUBIC
         )
         texture = np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
         Image.fromarray(texture).save(path, quality=92)
@@ -207,10 +223,13 @@ def generate(folder: Path) -> list[Path]:
 
 
 def measure(
-    view: TwoViews, paths: list[Path], repeats: int
+    view: TwoViews, paths: list[Path], repeats: int, max_side: int | None
 ) -> tuple[dict[str, list[Times]], float]:
     """Each side's times of each image (its fastest repeat), and how far the weak views differ."""
-    sides: dict[str, Ours | PlainWay] = {"ours": Ours(view), "plain": PlainWay(view)}
+    sides: dict[str, Ours | PlainWay] = {
+        "ours": Ours(view, max_side),
+        "plain": PlainWay(view, max_side),
+    }
     times: dict[str, list[Times]] = {side: [] for side in sides}
     differences = []
     for number, path in enumerate(paths):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from wsss.data.batch import Batch, EvalBatch
 from wsss.data.datamodule import WSSSDataModule
+from wsss.data.folder import Folder
 from wsss.data.images import DatasetError
 from wsss.data.layout import Split
 from wsss.data.order import image_index, sample_rng
@@ -46,7 +47,7 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.names)
 
-    def load_image(self, index: int) -> NDArray[np.uint8]:
+    def load_image(self, index: int, longest: int | None = None) -> NDArray[np.uint8]:
         rng = np.random.default_rng(index)
         return rng.integers(0, 256, (*self.shapes[index], 3), dtype=np.uint8)
 
@@ -272,6 +273,40 @@ def test_large_images_are_shrunk_before_the_random_scale() -> None:
                 assert np.array_equal(found.mask, expected.mask)
     with pytest.raises(UserError, match=r"data\.max_side=10: must be at least 16"):
         make(max_side=10)
+
+
+def test_large_jpegs_are_decoded_no_larger_than_views_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The views stay those of the whole image; up to scale 2 of 32 pixels asks for 64 or more."""
+    rows, columns = np.mgrid[:300, :400]
+    smooth = np.stack([rows % 200, columns % 230, (rows + columns) % 250], 2).astype(np.uint8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(smooth).save(tmp_path / "images" / "a.jpg", quality=95, subsampling=0)
+    (tmp_path / "labels.csv").write_text("image,labels\na.jpg,cat\n")
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("a\n")
+    decoded = []
+
+    def watched(self: Split, index: int, longest: int | None = None) -> NDArray[np.uint8]:
+        decoded.append((longest, load(self, index, longest).shape))
+        return load(self, index, longest)
+
+    load = Split.load_image
+    monkeypatch.setattr(Split, "load_image", watched)
+    views = TwoViews(32)
+    module = WSSSDataModule(
+        Folder, str(tmp_path), views, train_split="train", num_workers=0, max_side=32
+    )
+    module.trainer = fake_trainer()
+    batches = joined(list(module.train_dataloader()))
+    assert decoded == [(64, (75, 100, 3))] * 12
+    whole = np.array(Image.open(tmp_path / "images" / "a.jpg"))
+    for number in range(12):
+        expected = views(whole, sample_rng(0, number), None, max_side=32)
+        assert np.array_equal(batches.valid[number], expected.valid)
+        found = batches.weak[number].permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(found - expected.weak).mean() < 4
 
 
 def test_other_training_images_are_told_when_a_run_goes_on() -> None:

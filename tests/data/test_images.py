@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from wsss.data.images import inspect_image, inspect_mask, read_mask, read_rgb
+from wsss.data.images import DatasetError, inspect_image, inspect_mask, read_mask, read_rgb
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
@@ -86,3 +86,38 @@ def test_a_mask_s_header_and_end_are_looked_at(tmp_path: Path) -> None:
     assert "mask has mode RGB, expected class numbers 0..2" in str(inspect_mask(path, 2, (6, 9)))
     path.unlink()
     assert "no such mask file" in str(inspect_mask(path, 2, (6, 9)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    ("longest", "part"), [(97, 1), (49, 1), (48, 2), (25, 2), (24, 4), (13, 4), (12, 8), (1, 8)]
+)
+def test_jpegs_are_decoded_at_the_fraction_that_is_enough(
+    tmp_path: Path, mode: str, longest: int, part: int
+) -> None:
+    """Area means of the pixels, turned afterwards; 97 x 61 pixels."""
+    rows, columns = np.mgrid[:61, :97]
+    image = Image.fromarray(np.stack([rows * 3, columns * 2, rows + columns], 2).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.convert(mode).save(tmp_path / "a.jpg", quality=98, exif=exif)
+    whole = read_rgb(tmp_path / "a.jpg").astype(int)
+    found = read_rgb(tmp_path / "a.jpg", longest=longest)
+    assert found.shape == (-(-61 // part), -(-97 // part), 3)
+    inner = whole[: 61 // part * part, : 97 // part * part]
+    means = inner.reshape(61 // part, part, 97 // part, part, 3).mean((1, 3))
+    assert np.abs(found[: 61 // part, : 97 // part] - means).max() <= 6
+    turned = read_rgb(tmp_path / "a.jpg", exif=True, longest=longest)
+    assert np.array_equal(turned, np.rot90(found, -1))
+
+
+def test_a_fraction_of_a_thin_or_broken_image(tmp_path: Path) -> None:
+    image = Image.fromarray(PIXELS.repeat(40, 0).repeat(40, 1))
+    image.save(tmp_path / "a.png")  # no JPEG: as it is
+    assert read_rgb(tmp_path / "a.png", longest=10).shape == (240, 360, 3)
+    image.resize((400, 1)).save(tmp_path / "thin.jpg")
+    assert read_rgb(tmp_path / "thin.jpg", longest=10).shape[0] == 1
+    image.save(tmp_path / "b.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:-3000])
+    with pytest.raises(DatasetError, match=r"cut\.jpg: cannot decode"):
+        read_rgb(tmp_path / "cut.jpg", longest=10)

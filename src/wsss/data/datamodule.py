@@ -7,6 +7,7 @@ any number of workers and ranks, any accumulation, and any restart give the same
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,8 +51,8 @@ class ImageSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load_image(self, index: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB."""
+    def load_image(self, index: int, longest: int | None = None) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB, whose longer side may be as short as ``longest`` pixels."""
 
     def load_mask(self, index: int) -> NDArray[np.uint8]:
         """(H, W) uint8, 0..C and 255."""
@@ -98,10 +99,13 @@ class _TrainSamples(Dataset[_TrainSample]):
         self.seed = seed
         self.load_masks = load_masks
         self.max_side = max_side
+        # The view enlarges up to scale[1] from max_side, and never counts from less than that.
+        enough = None if max_side is None else max_side * max(1.0, view.scale[1])
+        self.longest = None if enough is None else math.ceil(enough)
 
     def __getitem__(self, number: int) -> _TrainSample:
         index = image_index(self.seed, number, len(self.images))
-        image = self.images.load_image(index)
+        image = self.images.load_image(index, self.longest)
         mask = self.images.load_mask(index) if self.load_masks else None
         views = self.view(image, sample_rng(self.seed, number), mask, self.max_side)
         return _TrainSample(views, self.images.labels[index], self.images.names[index], number)
@@ -195,7 +199,8 @@ class WSSSDataModule(lightning.LightningDataModule):
         min_side: images whose shorter side has fewer pixels cannot be used.
         max_side: training images whose longer side has more pixels are shrunk to it, before the
             view's random scale; None leaves all as they are. A crop of a large photograph shows
-            a small part of it, without most of the classes that it is labelled with.
+            a small part of it, without most of the classes that it is labelled with. JPEGs are
+            decoded no larger than that needs.
 
     Raises:
         UserError: a number out of range; in :meth:`train_dataloader`, a global batch that does

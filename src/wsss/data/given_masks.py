@@ -148,9 +148,9 @@ class GivenMasks:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def load_image(self, index: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB."""
-        return self._images.load_image(self._kept[index])
+    def load_image(self, index: int, longest: int | None = None) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB. See :meth:`wsss.data.layout.Split.load_image`."""
+        return self._images.load_image(self._kept[index], longest)
 
     def load_mask(self, index: int) -> NDArray[np.uint8]:
         """(H, W) uint8 with 0..C and 255. See :func:`read_mask` for what it raises."""

@@ -102,7 +102,9 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
-def read_rgb(path: str | os.PathLike[str], exif: bool = False) -> NDArray[np.uint8]:
+def read_rgb(
+    path: str | os.PathLike[str], exif: bool = False, longest: int | None = None
+) -> NDArray[np.uint8]:
     """Decode an image file to RGB.
 
     Grey, palette and CMYK images are converted, 16-bit grey is scaled to 8 bits (65535 -> 255), and
@@ -112,6 +114,9 @@ def read_rgb(path: str | os.PathLike[str], exif: bool = False) -> NDArray[np.uin
         path: a file PIL can read.
         exif: turn the image as its EXIF orientation says, as viewers do. The masks and boxes of
             VOC, COCO and the like refer to the pixels as stored.
+        longest: pixels of the longer side that are enough. A JPEG that has twice as many or more
+            is decoded at a half, a quarter or an eighth of its size (rounded up), which never
+            has fewer, at a fraction of the cost. Other formats are decoded as they are.
 
     Returns:
         (H, W, 3) uint8.
@@ -121,6 +126,8 @@ def read_rgb(path: str | os.PathLike[str], exif: bool = False) -> NDArray[np.uin
     """
     try:
         with Image.open(path) as image:
+            if longest is not None:
+                _decode_smaller(image, longest)
             image.load()
             turn = _TURNS.get(_orientation(image)) if exif else None
             return _to_rgb(image if turn is None else image.transpose(turn))
@@ -131,6 +138,17 @@ def read_rgb(path: str | os.PathLike[str], exif: bool = False) -> NDArray[np.uin
             f"{path}: cannot decode the image ({error}); replace the file, or take its name "
             "off the image list"
         ) from error
+
+
+def _decode_smaller(image: Image.Image, longest: int) -> None:
+    """Have an image that is not yet loaded decoded at a fraction with ``longest`` pixels or more.
+
+    libjpeg leaves out the high frequencies of its blocks: no aliasing, and most of the work saved.
+    """
+    width, height = image.size
+    part = next((n for n in (8, 4, 2) if max(width, height) >= n * longest), 1)
+    if part > 1:  # the mode stays as it is; formats but JPEG know no fraction
+        image.draft(None, (max(1, width // part), max(1, height // part)))
 
 
 def read_mask(

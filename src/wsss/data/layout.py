@@ -410,9 +410,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.names)
 
-    def load_image(self, index: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB of image ``index``. See :func:`read_rgb` for what it raises."""
-        return read_rgb(self.root / self._images[index], exif=self._exif)
+    def load_image(self, index: int, longest: int | None = None) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB of image ``index``, of lower resolution if ``longest`` allows it.
+
+        See :func:`read_rgb` for that and for what it raises.
+        """
+        return read_rgb(self.root / self._images[index], self._exif, longest)
 
     def doubt(self) -> str | None:
         """Whether masks and image labels hardly mean the same classes, in a sentence.
