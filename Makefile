@@ -26,7 +26,7 @@ help:  ## this list
 install: $(STAMP)  ## a virtual environment in .venv with the locked versions
 
 $(STAMP): requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info[:3]; sys.exit(0 if (3, 11, 4) <= v < (3, 13) else "wsss needs Python 3.11.4 or later, or 3.12; this is %d.%d.%d: set PYTHON=python3.12" % v)'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:3]; sys.exit(0 if (3, 11, 4) <= v < (3, 14) else "wsss needs Python 3.11.4 to 3.13; this is %d.%d.%d: set PYTHON=python3.13" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) -r requirements.lock
 	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
