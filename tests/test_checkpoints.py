@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.commands.conftest import TINY, compose
-from wsss.build import build_method, build_network
-from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.build import build_method, build_network, restore_method
+from wsss.checkpoints import find_checkpoint, read_checkpoint, saved_config
 from wsss.errors import UserError
 from wsss.inference import Inference, find_device
 from wsss.methods.base import CHECKPOINT_FORMAT
@@ -141,3 +141,72 @@ def test_inference_options(checkpoint: Path, options: dict[str, str], message: s
 
 def test_the_device_of_auto() -> None:
     assert find_device("auto").type in ("cpu", "cuda", "mps", "xpu")
+
+
+def _with_encoder_of(run: Path | str, *more: str, classes: int = 2) -> Any:
+    config = compose("train", [*TINY, "data.root=nowhere", f"backbone.weights={run}", *more])
+    return build_network(config, classes)
+
+
+def test_encoder_of_a_run(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the network to deploy; other classes, another method: the heads are new."""
+    content = torch.load(checkpoint, weights_only=True)
+    state = content["state_dict"]
+    for name in state:
+        if name.startswith("assignment.encoder."):
+            state[name] = state[name] + 1
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save(content, run / "checkpoints" / "last.ckpt")
+    with caplog.at_level("INFO"):
+        networks = [
+            _with_encoder_of(run),
+            _with_encoder_of(run / "checkpoints" / "last.ckpt", "neck=uncertainty"),
+        ]
+    assert f"{run / 'checkpoints' / 'last.ckpt'} (an)" in caplog.text
+    for network in networks:
+        assert network.classifier.weight.shape == (2, 24)
+        for name, value in network.encoder.state_dict().items():
+            torch.testing.assert_close(value, state[f"assignment.encoder.{name}"])
+    mctformer = _with_encoder_of(run, "method._target_=wsss.methods.MCTformer")
+    expected = state["assignment.encoder.vit.cls_token"].expand(1, 2, 24)  # a class token each
+    torch.testing.assert_close(mctformer.encoder.vit.cls_token.data, expected)
+
+
+def test_encoder_of_a_run_at_another_size(checkpoint: Path) -> None:
+    whole = _with_encoder_of(checkpoint).encoder
+    network = _with_encoder_of(checkpoint, "backbone.options.img_size=96")
+    positions = network.encoder.vit.pos_embed
+    assert positions.shape[1] > whole.vit.pos_embed.shape[1]
+    images = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():  # both resample to the image's grid, with the same filter
+        torch.testing.assert_close(
+            network.encoder.eval()(images)[0], whole.eval()(images)[0], atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["backbone.name=vit_tiny_patch16_384"], "was trained with backbone.name=.* not vit_tiny"),
+        (["backbone.options.depth=3"], "missing: blocks.2"),
+        (["backbone.options.embed_dim=48"], r"shape: cls_token \(1, 1, 24\) instead of"),
+    ],
+)
+def test_encoder_of_another_network(checkpoint: Path, more: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=rf"backbone\.weights='{checkpoint}' .*{says}"):
+        _with_encoder_of(checkpoint, *more)
+
+
+def test_weights_that_are_no_run(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"backbone\.weights='.*' is a folder without checkpoints"):
+        _with_encoder_of(tmp_path)
+    with pytest.raises(UserError, match=r"backbone\.weights='.*'.*no such file.* last\.ckpt"):
+        _with_encoder_of(checkpoint.with_name("first.ckpt"))
+    # A checkpoint of another program is a weights file, if its tensors are the backbone's.
+    vit = _with_encoder_of(checkpoint).encoder.vit
+    torch.save({"state_dict": vit.state_dict()}, tmp_path / "other.ckpt")
+    other = _with_encoder_of(tmp_path / "other.ckpt").encoder.vit
+    torch.testing.assert_close(other.state_dict(), vit.state_dict())

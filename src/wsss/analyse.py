@@ -22,14 +22,8 @@ from wsss.analysis.collect import PAIR, SCORED, UNFITTED, NetworkScore, collect
 from wsss.analysis.gaussian_command import gaussian_fsl
 from wsss.analysis.metrics_file import read_metrics, score_rows, threshold_rows
 from wsss.analysis.summary import CheckpointCurves, csv_tables, printed_table, sentences
-from wsss.build import build_data
-from wsss.checkpoints import (
-    find_checkpoint,
-    read_checkpoint,
-    restore_method,
-    saved_config,
-    with_data,
-)
+from wsss.build import build_data, restore_method
+from wsss.checkpoints import find_checkpoint, read_checkpoint, saved_config, with_data
 from wsss.cli import hydra_command, quiet_libraries
 from wsss.data.batch import EvalBatch
 from wsss.data.datamodule import WSSSDataModule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,12 +12,15 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from wsss.checkpoints import find_checkpoint, read_checkpoint, saved_classes, saved_config
 from wsss.cli import config_dir
 from wsss.data.datamodule import WSSSDataModule
 from wsss.data.layout import Layout
 from wsss.errors import UserError
-from wsss.methods.base import Method
-from wsss.nn import WSSSNetwork
+from wsss.methods.base import CHECKPOINT_KEY, Method
+from wsss.nn import SavedEncoder, WSSSNetwork
+
+log = logging.getLogger(__name__)
 
 
 def build_data(cfg: DictConfig, load_masks: bool = False) -> WSSSDataModule:
@@ -80,7 +84,7 @@ def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) 
         UserError: parts that the options freeze would stay random, or what the constructor finds.
     """
     backbone = cfg.backbone
-    weights = backbone.weights if load_weights else None
+    weights = _find_weights(backbone.weights) if load_weights else None
     options = cast(dict[str, Any], OmegaConf.to_container(backbone.options, resolve=True))
     frozen = [key for key in ("freeze_bn", "freeze_stem") if options.get(key)]
     if load_weights and weights is None and not backbone.pretrained and frozen:
@@ -102,6 +106,23 @@ def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) 
         weights=weights,
         **options,
     )
+
+
+def _find_weights(weights: str | None) -> str | SavedEncoder | None:
+    """What ``backbone.weights`` means: a weights file, or the encoder of a run."""
+    file = Path(weights or "").expanduser()
+    if weights is None or not (file.is_dir() or file.suffix == ".ckpt"):
+        return weights
+    path = find_checkpoint(weights, "backbone.weights")
+    content = read_checkpoint(path)
+    if CHECKPOINT_KEY not in content:
+        return weights
+    config = saved_config(content, path)
+    method = restore_method(content, config, path)
+    name = method.network_names[0]
+    network = method.networks()[name]
+    log.info("Encoder: that of %s (%s)", path, name)
+    return SavedEncoder(config.backbone.name, network.encoder.state_dict(), path)
 
 
 def method_class(cfg: DictConfig) -> type[Method]:
@@ -226,6 +247,31 @@ def build_method(cfg: DictConfig, network: WSSSNetwork, classes: tuple[str, ...]
         )
     method.run_config = plain_config(cfg)
     return method
+
+
+def restore_method(checkpoint: dict[str, Any], config: DictConfig, path: str | Path) -> Method:
+    """The method of a checkpoint with its weights, in eval mode, on the CPU.
+
+    Args:
+        checkpoint: from :func:`~wsss.checkpoints.read_checkpoint`.
+        config: its :func:`~wsss.checkpoints.saved_config`, perhaps changed.
+        path: for the error.
+
+    Raises:
+        UserError: the checkpoint's tensors do not fit the network its configuration describes.
+    """
+    classes = saved_classes(checkpoint, path)
+    network = build_network(config, len(classes), load_weights=False)
+    method = build_method(config, network, classes)
+    try:
+        method.load_state_dict(checkpoint["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split("\n", 2)[:2]).strip()
+        raise UserError(
+            f"'{path}' does not fit the configuration in the same file ({reason[:300]}). It was "
+            "changed, or written by another version of wsss: use that one."
+        ) from error
+    return method.eval()
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:

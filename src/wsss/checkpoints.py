@@ -1,4 +1,4 @@
-"""Checkpoints: read without running code, and turned back into the method that wrote them."""
+"""Checkpoints, read without running code."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from wsss.build import build_method, build_network
 from wsss.errors import UserError
-from wsss.methods.base import CHECKPOINT_FORMAT, CHECKPOINT_KEY, Method
+from wsss.methods.base import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, key: str = "checkpoint") -> Path:
     """The file that ``checkpoint=`` means; a run's folder stands for its best checkpoint.
+
+    Args:
+        path: as given.
+        key: of the configuration, for messages.
 
     Raises:
         UserError: no such file; names those that are near.
@@ -29,12 +32,12 @@ def find_checkpoint(path: str | Path) -> Path:
                 if (folder / name).is_file():
                     return folder / name
         raise UserError(
-            f"checkpoint='{path}' is a folder without checkpoints/best.ckpt or last.ckpt: give a "
+            f"{key}='{path}' is a folder without checkpoints/best.ckpt or last.ckpt: give a "
             "run's folder or its .ckpt file."
         )
     near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
     hint = f" There are: {', '.join(p.name for p in near)}." if near else ""
-    raise UserError(f"checkpoint='{path}': no such file.{hint}")
+    raise UserError(f"{key}='{path}': no such file.{hint}")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -110,28 +113,3 @@ def saved_classes(checkpoint: dict[str, Any], path: str | Path) -> tuple[str, ..
     if not classes:
         raise UserError(f"'{path}' was not written by wsss: it names no classes.")
     return tuple(classes)
-
-
-def restore_method(checkpoint: dict[str, Any], config: DictConfig, path: str | Path) -> Method:
-    """The method of a checkpoint with its weights, in eval mode, on the CPU.
-
-    Args:
-        checkpoint: from :func:`read_checkpoint`.
-        config: its :func:`saved_config`, perhaps changed.
-        path: for the error.
-
-    Raises:
-        UserError: the checkpoint's tensors do not fit the network its configuration describes.
-    """
-    classes = saved_classes(checkpoint, path)
-    network = build_network(config, len(classes), load_weights=False)
-    method = build_method(config, network, classes)
-    try:
-        method.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split("\n", 2)[:2]).strip()
-        raise UserError(
-            f"'{path}' does not fit the configuration in the same file ({reason[:300]}). It was "
-            "changed, or written by another version of wsss: use that one."
-        ) from error
-    return method.eval()

@@ -18,15 +18,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from wsss.build import build_data
+from wsss.build import build_data, restore_method
 from wsss.callbacks.pictures import PictureLogger
-from wsss.checkpoints import (
-    find_checkpoint,
-    read_checkpoint,
-    restore_method,
-    saved_config,
-    with_data,
-)
+from wsss.checkpoints import find_checkpoint, read_checkpoint, saved_config, with_data
 from wsss.cli import hydra_command, nearest, quiet_libraries
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import UserError

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.build import restore_method
+from wsss.checkpoints import find_checkpoint, read_checkpoint, saved_config
 from wsss.data.batch import to_unit_range
 from wsss.errors import UserError
 from wsss.methods.base import Method
@@ -141,7 +142,7 @@ class Inference:
 
         Raises:
             UserError: what :func:`~wsss.checkpoints.read_checkpoint`,
-                :func:`~wsss.checkpoints.restore_method` and the constructor find wrong.
+                :func:`~wsss.build.restore_method` and the constructor find wrong.
         """
         path = find_checkpoint(checkpoint)
         content = read_checkpoint(path)

@@ -23,14 +23,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from wsss import __version__
-from wsss.build import build_layout
-from wsss.checkpoints import (
-    find_checkpoint,
-    read_checkpoint,
-    restore_method,
-    saved_config,
-    with_data,
-)
+from wsss.build import build_layout, restore_method
+from wsss.checkpoints import find_checkpoint, read_checkpoint, saved_config, with_data
 from wsss.cli import hydra_command, quiet_libraries
 from wsss.data.images import DatasetError, count, encode_mask, summary
 from wsss.data.layout import Split

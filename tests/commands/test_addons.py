@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.commands.conftest import TINY, compose
-from wsss.build import build_method, build_network
-from wsss.checkpoints import read_checkpoint, restore_method, saved_config
+from wsss.build import build_method, build_network, restore_method
+from wsss.checkpoints import read_checkpoint, saved_config
 from wsss.cli import config_dir
 from wsss.errors import UserError
 from wsss.train import train

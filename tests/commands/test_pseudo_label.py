@@ -16,8 +16,8 @@ from PIL import Image
 
 from tests.commands.conftest import TINY, Run, compose
 from wsss import pseudo_label as module
-from wsss.build import build_method, build_network
-from wsss.checkpoints import read_checkpoint, restore_method, saved_config
+from wsss.build import build_method, build_network, restore_method
+from wsss.checkpoints import read_checkpoint, saved_config
 from wsss.data.images import DatasetError, encode_mask, read_mask, voc_palette
 from wsss.data.layout import Split
 from wsss.errors import UserError

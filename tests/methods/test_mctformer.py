@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from tests.commands.conftest import compose
 from tests.methods.made import batch
 from wsss.addons.importance_sampling import ImportanceSampling
-from wsss.build import build_method, build_network
-from wsss.checkpoints import read_checkpoint, restore_method, saved_config
+from wsss.build import build_method, build_network, restore_method
+from wsss.checkpoints import read_checkpoint, saved_config
 from wsss.errors import UserError
 from wsss.methods import MCTformer
 from wsss.nn.mctformer import MCTformerNetwork

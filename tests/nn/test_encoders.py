@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from wsss.errors import UserError
 from wsss.nn.cnn import CNNEncoder
 from wsss.nn.encoder import ViTEncoder
-from wsss.nn.encoders import _is_vit, make_encoder
+from wsss.nn.encoders import SavedEncoder, _is_vit, make_encoder
 from wsss.nn.resnet38 import ResNet38Encoder
 
 VIT: dict[str, Any] = {"depth": 4, "embed_dim": 24, "num_heads": 2}
@@ -50,6 +50,31 @@ def test_one_interface(name: str, options: dict[str, Any], kind: type) -> None:
     )
     assert encoder.mean.shape == encoder.std.shape == (1, 3, 1, 1)
     encoder.freeze_position()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *[(name, options) for name, options, _ in CASES],
+        ("vit_small_patch16_dinov3.lvd1689m", VIT),
+        ("vit_base_patch14_reg4_dinov2.lvd142m", VIT | {"img_size": 56}),
+        ("eva_giant_patch14_224.clip_ft_in1k", VIT | {"img_size": 56}),
+    ],
+)
+def test_start_from_a_trained_one(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Every kind of encoder keeps what it has learned."""
+    trained = make_encoder(name, **options).eval()
+    with torch.no_grad():
+        for tensor in trained.state_dict().values():
+            if tensor.is_floating_point():
+                tensor += 0.1 * torch.rand_like(tensor)
+    saved = SavedEncoder(name, trained.state_dict(), tmp_path / "last.ckpt")
+    encoder = make_encoder(name, weights=saved, pretrained=True, **options).eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), trained(images))
+    with pytest.raises(UserError, match=rf"trained with backbone\.name=other, not {name}"):
+        make_encoder(name, weights=SavedEncoder("other", {}, tmp_path / "a.ckpt"), **options)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from PIL import Image
 
 from tests.report.made import SCORES, run
 from tests.report.pages import Page
-from wsss.build import build_data, build_method, build_network
-from wsss.checkpoints import read_checkpoint, restore_method, saved_config
+from wsss.build import build_data, build_method, build_network, restore_method
+from wsss.checkpoints import read_checkpoint, saved_config
 from wsss.cli import config_dir
 from wsss.data.shapes import CLASSES, generate
 from wsss.errors import UserError

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.build import restore_method
+from wsss.checkpoints import find_checkpoint, read_checkpoint, saved_config
 from wsss.data.batch import to_unit_range
 from wsss.data.views import resize_image
 from wsss.errors import UserError

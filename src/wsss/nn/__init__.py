@@ -3,7 +3,7 @@
 from wsss.nn.cnn import CNNEncoder
 from wsss.nn.decoder import LargeFOV
 from wsss.nn.encoder import ViTEncoder
-from wsss.nn.encoders import make_encoder
+from wsss.nn.encoders import SavedEncoder, make_encoder
 from wsss.nn.neck import NeckOutput, UncertaintyNeck
 from wsss.nn.network import NetworkOutput, WSSSNetwork
 from wsss.nn.resnet38 import ResNet38Encoder
@@ -16,6 +16,7 @@ __all__ = [
     "NeckOutput",
     "NetworkOutput",
     "ResNet38Encoder",
+    "SavedEncoder",
     "UPerNet",
     "UncertaintyNeck",
     "ViTEncoder",

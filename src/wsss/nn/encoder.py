@@ -293,11 +293,15 @@ def load_backbone_weights(vit: nn.Module, name: str, path: Path) -> None:
     Raises:
         UserError: the file's tensors are not those of model ``name``.
     """
-    read = read_tensors(path)
+    load_vit_tensors(vit, read_tensors(path), name, path)
+
+
+def load_vit_tensors(vit: nn.Module, tensors: Mapping[str, Tensor], name: str, path: Path) -> None:
+    """:func:`load_backbone_weights` of tensors that were read from ``path``."""
     convert = eva.checkpoint_filter_fn if isinstance(vit, eva.Eva) else checkpoint_filter_fn
     try:
         with redirect_stdout(StringIO()):  # timm prints of each bias of DINOv3 that is not needed
-            state = dict(convert(read, cast(Any, vit), interpolation="bicubic"))
+            state = dict(convert(dict(tensors), cast(Any, vit), interpolation="bicubic"))
     except Exception as error:  # a file of another model fails in many ways: reshape, key, index
         raise UserError(
             f"backbone.weights='{path}' is not a '{name}' ({type(error).__name__}: {error}). "

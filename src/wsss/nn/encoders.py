@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch import Tensor
 
 from wsss.errors import UserError
 from wsss.nn import resnet38
 from wsss.nn.cnn import CNNEncoder
-from wsss.nn.encoder import ViTEncoder, is_plain_vit, require_timm_name
+from wsss.nn.encoder import (
+    ViTEncoder,
+    is_plain_vit,
+    load_strictly,
+    load_vit_tensors,
+    require_timm_name,
+)
 from wsss.nn.pyramid import PyramidEncoder
 from wsss.nn.resnet38 import ResNet38Encoder
 
 Encoder = ViTEncoder | PyramidEncoder
+
+
+@dataclass(frozen=True)
+class SavedEncoder:
+    """The encoder of a trained network, for another one to start from."""
+
+    name: str  #: of its backbone
+    tensors: Mapping[str, Tensor]  #: of its state dict
+    path: Path  #: of the checkpoint, for messages
+
+    def load_into(self, encoder: Encoder) -> None:
+        """Copy the weights, strictly; position embeddings of another grid are resampled.
+
+        Raises:
+            UserError: it is another encoder.
+        """
+        if encoder.name != self.name:
+            raise UserError(
+                f"backbone.weights='{self.path}' was trained with backbone.name={self.name}, not "
+                f"{encoder.name}: choose the same backbone, or other weights."
+            )
+        if isinstance(encoder, ViTEncoder):
+            tensors = {k.removeprefix("vit."): v for k, v in self.tensors.items()}
+            load_vit_tensors(encoder.vit, tensors, self.name, self.path)
+        else:
+            load_strictly(encoder, self.tensors, self.name, self.path)
 
 
 def make_encoder(
@@ -23,7 +58,7 @@ def make_encoder(
     early_block: int | None = None,
     early_norm: bool = False,
     pretrained: bool = False,
-    weights: str | Path | None = None,
+    weights: str | Path | SavedEncoder | None = None,
     **kwargs: Any,
 ) -> Encoder:
     """The encoder of a name: a plain ViT of timm, a CNN of timm, or ``resnet38d``.
@@ -34,14 +69,18 @@ def make_encoder(
             in a ViT, -2 in a CNN).
         early_norm: see :class:`~wsss.nn.ViTEncoder`; not for CNNs.
         pretrained: load timm's own weights from the hub.
-        weights: a local file of weights of that model.
+        weights: a local file of weights of that model, or the encoder of a trained network.
         **kwargs: further options of :class:`~wsss.nn.ViTEncoder`, :class:`CNNEncoder` or
             :class:`ResNet38Encoder`.
 
     Raises:
         UserError: unknown name, a model that is neither a plain ViT nor one that gives the features
-            of its stages, or options that the encoder does not have.
+            of its stages, options that the encoder does not have, or weights of another one.
     """
+    if isinstance(weights, SavedEncoder):
+        encoder = make_encoder(name, early_block, early_norm, **kwargs)
+        weights.load_into(encoder)
+        return encoder
     if early_block is not None:
         kwargs["early_block"] = early_block
     if name == resnet38.NAME:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wsss.errors import UserError
 from wsss.nn.attention import Blocks, choose_blocks, keep_attention
 from wsss.nn.decoder import largefov
-from wsss.nn.encoders import make_encoder
+from wsss.nn.encoders import SavedEncoder, make_encoder
 from wsss.nn.neck import NeckOutput
 from wsss.nn.pyramid import PyramidEncoder
 from wsss.nn.stage_decoders import StageDecoder
@@ -110,7 +110,7 @@ class WSSSNetwork(nn.Module):
         num_classes: foreground classes C; the decoder has C + 1 outputs.
         early_block: block or stage of the early features; None: -3 in a ViT, -2 in a CNN.
         pretrained: hub weights for the encoder.
-        weights: local weights file for the encoder.
+        weights: local weights file for the encoder, or the encoder of a trained network.
         decoder: a module (B, D, h, w) -> (B, C + 1, h', w') or a :class:`StageDecoder`, or a
             function of the encoder and C + 1 that makes one; None builds :class:`LargeFOV`.
         early_norm: final norm on the early features too, see :class:`~wsss.nn.ViTEncoder`.
@@ -130,7 +130,7 @@ class WSSSNetwork(nn.Module):
         num_classes: int,
         early_block: int | None = None,
         pretrained: bool = False,
-        weights: str | Path | None = None,
+        weights: str | Path | SavedEncoder | None = None,
         decoder: nn.Module | Callable[[nn.Module, int], nn.Module] | None = None,
         early_norm: bool = False,
         neck: nn.Module | Callable[[int], nn.Module] | None = None,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from wsss.build import build_data, plain_config
-from wsss.checkpoints import read_checkpoint, restore_method, saved_config
+from wsss.build import build_data, plain_config, restore_method
+from wsss.checkpoints import read_checkpoint, saved_config
 from wsss.data.batch import EvalBatch
 from wsss.data.datamodule import WSSSDataModule
 from wsss.data.images import VOID
