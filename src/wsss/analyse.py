@@ -21,7 +21,13 @@ from wsss.analysis import drawing
 from wsss.analysis.collect import PAIR, SCORED, UNFITTED, NetworkScore, collect
 from wsss.analysis.gaussian_command import gaussian_fsl
 from wsss.analysis.metrics_file import read_metrics, score_rows, threshold_rows
-from wsss.analysis.summary import CheckpointCurves, csv_tables, printed_table, sentences
+from wsss.analysis.summary import (
+    CheckpointCurves,
+    class_table,
+    csv_tables,
+    printed_table,
+    sentences,
+)
 from wsss.build import build_data, restore_method
 from wsss.checkpoints import find_checkpoint, read_checkpoint, saved_config, with_data
 from wsss.cli import hydra_command, quiet_libraries
@@ -93,6 +99,7 @@ def analyse(cfg: DictConfig) -> list[Path]:
     curves = [found[step][1] for step in sorted(found)]
     written = write_figures(output_dir, run, method, curves, console)
     console.print(printed_table(curves))
+    console.print(class_table(curves[-1], method.classes))
     for line in sentences(curves[-1]):
         console.print(line, highlight=False, soft_wrap=True)
     print(f"{len(written)} files in {output_dir}")
@@ -186,7 +193,7 @@ def write_figures(
     else:
         left_out("threshold_over_steps.png", f"there is no threshold in {run / 'metrics.csv'}.")
 
-    texts = csv_tables(curves, networks, thresholds)
+    texts = csv_tables(curves, networks, thresholds, method.classes)
     contents = figures | {name: text.encode() for name, text in texts.items()}
     for name, content in contents.items():
         write_atomically(output_dir / name, content)

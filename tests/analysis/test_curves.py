@@ -26,6 +26,7 @@ from wsss.analysis.curves import (
     mean_iou,
     rank_correlation,
     region_score,
+    reliability_by_label,
     scores_by_threshold,
     separation,
     threshold_score,
@@ -199,6 +200,29 @@ def test_histogram_splits_by_truth() -> None:
         group = oracle.between(PIXELS, lambda nu: nu, found.low, high)
         assert found.background == sum(true == 0 for _, _, true in group)
         assert found.foreground == sum(true != 0 for _, _, true in group)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.8, 1.0), (0.5, 2.0), (0.9, 0.5)])
+def test_reliability_by_label(xi: float, alpha: float, beta: float) -> None:
+    # In the middle of bins of 0.01, in which all pixels weigh the same; the threshold's apart.
+    pixels = [(min(nu, 0.99) // 0.01 * 0.01 + 0.005, s, t) for nu, s, t in PIXELS]
+    pixels = [p for p in pixels if abs(p[0] - xi) > 0.02]
+    rows = reliability_by_label(counted(pixels, xi, alpha=alpha, beta=beta))
+    assert [row.label for row in rows] == [0, 1, 2, 3]
+    for row in rows:
+        own = [p for p in pixels if p[2] == row.label]
+        assert row.pixels == len(own)
+        assert row.right == pytest.approx(oracle.accuracy(own, xi), nan_ok=True)
+        expected = oracle.reliability_of_label(pixels, xi, row.label, alpha, beta)
+        found = (row.right_by_weight, row.weight_right, row.weight_wrong)
+        assert found == pytest.approx(expected, rel=0.03, nan_ok=True)
+    assert math.isnan(rows[3].right)  # never true
+    # The mean weight of all pixels is 1.
+    total = sum(
+        row.pixels * (row.right * row.weight_right + (1 - row.right) * row.weight_wrong)
+        for row in rows[:3]
+    )
+    assert total == pytest.approx(sum(row.pixels for row in rows))
 
 
 # --- regions -------------------------------------------------------------------------------

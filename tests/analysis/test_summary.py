@@ -16,9 +16,15 @@ from rich.console import Console
 
 from wsss.analysis import drawing
 from wsss.analysis.collect import UNFITTED, NetworkScore
-from wsss.analysis.curves import rank_correlation
+from wsss.analysis.curves import LabelReliability, rank_correlation
 from wsss.analysis.metrics_file import ThresholdRow
-from wsss.analysis.summary import CheckpointCurves, csv_tables, printed_table, sentences
+from wsss.analysis.summary import (
+    CheckpointCurves,
+    class_table,
+    csv_tables,
+    printed_table,
+    sentences,
+)
 
 MakeCurves = Callable[..., CheckpointCurves]
 
@@ -38,7 +44,10 @@ def read(text: str) -> list[dict[str, str]]:
 def test_files(curves: list[CheckpointCurves]) -> None:
     networks = [row for item in curves for row in item.networks]
     thresholds = [ThresholdRow(9, 0.3, math.nan)]
-    tables = {name: read(text) for name, text in csv_tables(curves, networks, thresholds).items()}
+    tables = {
+        name: read(text)
+        for name, text in csv_tables(curves, networks, thresholds, ["cat", "dog"]).items()
+    }
     assert {name: len(rows) for name, rows in tables.items()} == {
         "summary.csv": 3 * 2,
         "accuracy_by_confidence.csv": 3 * 2 * 20,
@@ -46,10 +55,11 @@ def test_files(curves: list[CheckpointCurves]) -> None:
         "confidence.csv": 3 * 2 * 50,
         "miou_by_threshold.csv": 3 * 2 * 101,
         "cam_against_early_cam.csv": 3 * 2 * 3,
+        "reliability_by_class.csv": 3 * 2 * 3,
         "networks.csv": 6,
         "threshold_over_steps.csv": 1,
     }
-    assert "networks.csv" not in csv_tables(curves, [], [])
+    assert "networks.csv" not in csv_tables(curves, [], [], ["cat", "dog"])
     assert tables["threshold_over_steps.csv"] == [{"step": "9", "cam": "0.3", "early_cam": ""}]
     assert tables["networks.csv"][0] == {"step": "100", "network": "an", "seg": "", "cpl": "0.5"}
 
@@ -67,7 +77,7 @@ def test_files(curves: list[CheckpointCurves]) -> None:
 
 
 def test_summary(curves: list[CheckpointCurves]) -> None:
-    rows = read(csv_tables(curves, [], [])["summary.csv"])
+    rows = read(csv_tables(curves, [], [], ["cat", "dog"])["summary.csv"])
     assert [(row["step"], row["cam"]) for row in rows[:2]] == [("100", "cam"), ("100", "early_cam")]
     cam = curves[0].cam
     expected = {
@@ -111,6 +121,32 @@ def test_printed_table_fits_a_terminal(curves: list[CheckpointCurves]) -> None:
     shown += [cam.regions[0].accuracy, early.regions[0].accuracy]
     shown += [cam.regions[1].accuracy, early.regions[1].accuracy]
     assert cells[3:] == [f"{100 * value:.1f}" for value in shown]
+
+
+def test_classes(curves: list[CheckpointCurves]) -> None:
+    rows = read(csv_tables(curves, [], [], ["cat", "dog"])["reliability_by_class.csv"])
+    assert [row["class"] for row in rows[:3]] == ["background", "cat", "dog"]
+    found = curves[2].cam.reliability[1]
+    row = rows[2 * 2 * 3 + 1]
+    assert (row["step"], row["cam"], int(row["pixels"])) == ("1000", "cam", found.pixels)
+    assert float(row["right_by_weight"]) == pytest.approx(found.right_by_weight, rel=1e-5)
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(class_table(curves[2], ["cat", "dog"]))
+    cells = next(r for r in console.export_text().splitlines() if r.split()[:1] == ["cat"]).split()
+    shares = [f"{100 * value:.1f}" for value in (found.right, found.right_by_weight)]
+    assert cells[1:] == [*shares, f"{found.weight_right:.2f}", f"{found.weight_wrong:.2f}"]
+
+
+def test_a_class_without_pixels_is_not_shown(make_curves: MakeCurves) -> None:
+    item = make_curves(100)
+    item.cam.reliability[2] = LabelReliability(2, 0, *[math.nan] * 4)
+    item.cam.reliability[1] = LabelReliability(1, 5, 1.0, 1.0, 0.5, math.nan)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(class_table(item, ["cat", "dog"]))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["cat", "100.0", "100.0", "0.50", "-"] in lines  # no pixel is wrong
+    assert not any(line[:1] == ["dog"] for line in lines)
 
 
 def test_sentences(make_curves: MakeCurves) -> None:

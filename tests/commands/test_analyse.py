@@ -32,6 +32,7 @@ ALWAYS = {
     ),
     "confidence.csv",
     "miou_by_threshold.csv",
+    "reliability_by_class.csv",
 }
 
 Untrained = Callable[..., Path]

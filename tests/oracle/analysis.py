@@ -97,3 +97,25 @@ def separation(pixels: Sequence[Pixel], xi: float, alpha: float, beta: float) ->
         for w in wrong:
             total += 1.0 if r < w else 0.5 if r == w else 0.0
     return total / (len(right) * len(wrong))
+
+
+def reliability_of_label(
+    pixels: Sequence[Pixel], xi: float, true: int, alpha: float, beta: float
+) -> tuple[float, float, float]:
+    """Share by weight of the right pixels of a true label; mean weight of right and wrong ones.
+
+    The weight (eq. 5) is 1 / P over its mean over all scored pixels.
+    """
+    kept = scored(pixels)
+    reliability = [1 / perplexity(nu, xi, alpha, beta) for nu, _, _ in kept]
+    mean = sum(reliability) / len(reliability)
+    right, wrong = [], []
+    for pixel, value in zip(kept, reliability, strict=True):
+        if pixel[2] == true:
+            (right if label(pixel, xi) == true else wrong).append(value / mean)
+    every = sum(right) + sum(wrong)
+    return (
+        sum(right) / every if every else math.nan,
+        sum(right) / len(right) if right else math.nan,
+        sum(wrong) / len(wrong) if wrong else math.nan,
+    )

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from wsss.analysis.counts import DISTANCE_RATIO, PERPLEXITY_BINS, STEPS, ConfidenceCounts
+from wsss.pseudo.perplexity import perplexity
 
 CONFIDENCE_BINS = 20
 HISTOGRAM_BINS = 50
@@ -55,6 +56,26 @@ class RegionScore(NamedTuple):
     share: float
     accuracy: float
     miou: float
+
+
+class LabelReliability(NamedTuple):
+    """What RAW makes of the pixels of one true label (0: background); NaN where there are none.
+
+    Attributes:
+        label: 0..C.
+        pixels: whose true label it is.
+        right: share of them whose pseudo-label it is.
+        right_by_weight: the same with each pixel counted by its weight.
+        weight_right: mean weight of the right ones; 1 is the mean over all pixels.
+        weight_wrong: of the others. Where it is the larger one, RAW teaches the mistake.
+    """
+
+    label: int
+    pixels: int
+    right: float
+    right_by_weight: float
+    weight_right: float
+    weight_wrong: float
 
 
 # --- scores of a label map -----------------------------------------------------------------------
@@ -149,6 +170,35 @@ def accuracy_by_perplexity(counts: ConfidenceCounts, label: str = "all") -> list
     above = counts.above(counts.threshold)
     region = {"all": None, "foreground": above, "background": ~above}[label]
     return _accuracy_bins(counts, index, [*edges, math.inf], region)
+
+
+def reliability_by_label(counts: ConfidenceCounts) -> list[LabelReliability]:
+    """Reliability weights (eq. 5) of right and wrong pixels of every true label, at xi.
+
+    A pixel has the weight of the middle of its bin, and the mean runs over all images at once, not
+    over a batch.
+    """
+    table = counts.counts.cpu().double()
+    reliability = perplexity(counts.middle, counts.threshold, counts.alpha, counts.beta) ** -1
+    weight = reliability / (reliability * table.sum((1, 2))).sum() * table.sum()
+    above = counts.above(counts.threshold)
+    rows = []
+    for label in range(counts.num_classes + 1):
+        pixels = table[:, :, label].sum(1)
+        right = table[:, label - 1, label] * above if label else pixels * ~above
+        all_pixels, all_weight = float(pixels.sum()), float((pixels * weight).sum())
+        right_pixels, right_weight = float(right.sum()), float((right * weight).sum())
+        rows.append(
+            LabelReliability(
+                label,
+                int(all_pixels),
+                _ratio(right_pixels, all_pixels),
+                _ratio(right_weight, all_weight),
+                _ratio(right_weight, right_pixels),
+                _ratio(all_weight - right_weight, all_pixels - right_pixels),
+            )
+        )
+    return rows
 
 
 def accuracy_of_share(counts: ConfidenceCounts, share: float) -> float:

@@ -18,6 +18,7 @@ from wsss.analysis.curves import (
     LABELS,
     AccuracyBin,
     HistogramBin,
+    LabelReliability,
     RegionScore,
     ThresholdScore,
     accuracy_by_confidence,
@@ -27,6 +28,7 @@ from wsss.analysis.curves import (
     confidence_histogram,
     rank_correlation,
     region_score,
+    reliability_by_label,
     scores_by_threshold,
     separation,
     threshold_score,
@@ -56,6 +58,7 @@ class CamCurves:
         separation: how often a right pixel has a lower perplexity than a wrong one.
         correlation: Spearman's, of perplexity and accuracy over the bins.
         regions: scores on ``REGIONS``.
+        reliability: what RAW makes of the pixels of each label.
     """
 
     threshold: float
@@ -71,6 +74,7 @@ class CamCurves:
     separation: float
     correlation: float
     regions: list[RegionScore]
+    reliability: list[LabelReliability]
 
     @classmethod
     def of(cls, counts: ConfidenceCounts, omega: ConfidenceCounts | None = None) -> CamCurves:
@@ -99,6 +103,7 @@ class CamCurves:
                 if omega is None
                 else region_score(omega, REGIONS[2], total),
             ],
+            reliability_by_label(counts),
         )
 
 
@@ -137,8 +142,10 @@ def csv_tables(
     curves: Sequence[CheckpointCurves],
     networks: Sequence[NetworkScore],
     thresholds: Sequence[ThresholdRow],
+    classes: Sequence[str],
 ) -> dict[str, str]:
     """CSV text by file name, of every figure and of the summary; shares and scores in [0, 1]."""
+    names = ["background", *classes]
     tables = {
         "summary.csv": _csv(summary_rows(curves)),
         "accuracy_by_confidence.csv": _csv(
@@ -157,6 +164,10 @@ def csv_tables(
             )
         ),
         "cam_against_early_cam.csv": _csv(_rows(curves, lambda c: ({}, c.regions))),
+        "reliability_by_class.csv": _csv(
+            {"step": row["step"], "cam": row["cam"], "class": names[row["label"]], **row}
+            for row in _rows(curves, lambda c: ({}, c.reliability))
+        ),
     }
     if networks:
         tables["networks.csv"] = _csv(row._asdict() for row in networks)
@@ -268,6 +279,32 @@ def printed_table(curves: Sequence[CheckpointCurves]) -> Table:
             percent(cam.regions[1].accuracy),
             percent(early.regions[1].accuracy),
         )
+    return table
+
+
+def class_table(item: CheckpointCurves, classes: Sequence[str]) -> Table:
+    """What RAW makes of the pixels of each class, M's pseudo-labels of one checkpoint."""
+    table = Table(
+        title=f"Step {item.step}: reliability weighting by true class",
+        title_justify="left",
+        box=SIMPLE_HEAVY,
+        collapse_padding=True,
+        pad_edge=False,
+        caption="weight: of the pixels whose pseudo-label is right or wrong, 1 is the mean of all",
+        caption_justify="left",
+    )
+    table.add_column("class", overflow="fold")
+    for heading in ("right\n%", "by\nweight", "weight\nright", "weight\nwrong"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in zip(["background", *classes], item.cam.reliability, strict=True):
+        if row.pixels:
+            weights = (row.weight_right, row.weight_wrong)
+            table.add_row(
+                name,
+                percent(row.right),
+                percent(row.right_by_weight),
+                *(f"{w:.2f}" if math.isfinite(w) else "-" for w in weights),
+            )
     return table
 
 
