@@ -88,8 +88,8 @@ console = Console(highlight=False, soft_wrap=True)
 class Row:
     """One row of a table: ``settings`` are those of ``wsss train``, without the seed.
 
-    ``labels_of`` is the row of the first stage, of a second one; ``bound`` the row that its
-    segmentation is set in relation to.
+    ``labels_of`` is the row of the first stage, of a second one, whose weights ``{first}`` stands
+    for; ``bound`` the row that its segmentation is set in relation to.
     """
 
     table: str
@@ -107,6 +107,7 @@ class Row:
         short += self.more
         name = re.sub(r"[^\w.]+", "-", "_".join(short)).strip("-")
         if self.labels_of is not None:
+            name += "_from_encoder" if "{first}" in "".join(self.settings) else ""
             name += f"_on_{self.labels_of.folder(out, seed).name.rpartition('-seed')[0]}"
         return out / f"{name}-seed{seed}"
 
@@ -187,8 +188,11 @@ def run_all(
             if lacking and seed == seeds[0]:
                 console.print(f"left out, give --{' --'.join(lacking)}: {row.table}/{row.name}")
             if not lacking and not (folder / "scores.json").is_file():
-                filled = [setting.format(**paths) for setting in row.settings]
                 first = row.labels_of.folder(out, seed) if row.labels_of else None
+                filled = [
+                    setting.format(**paths, first=None if first is None else weights_of(first))
+                    for setting in row.settings
+                ]
                 waiting.setdefault(folder, ([*filled, f"seed={seed}"], first))
     console.print(f"{len(waiting)} runs to do")
     out.mkdir(parents=True, exist_ok=True)
@@ -250,6 +254,11 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
+def weights_of(run: Path) -> Path:
+    """The weights that a run's scores are of."""
+    return run / "checkpoints" / "last.ckpt"
+
+
 def is_ready(first: Path | None) -> bool:
     """Whether a run can start: its first stage, if it has one, is done."""
     return first is None or (first / "scores.json").is_file()
@@ -266,9 +275,8 @@ def start(
     if first is not None:
         labels = first / "pseudo_labels" / "results"
         command.append(f"data.masks={labels / 'cpl'}")
-        # The weights that the first stage's scores are of.
-        of = first / "checkpoints" / "last.ckpt"
-        label = [sys.executable, "-m", "wsss.pseudo_label", f"checkpoint={of}", "threads=1"]
+        label = [sys.executable, "-m", "wsss.pseudo_label", f"checkpoint={weights_of(first)}"]
+        label.append("threads=1")
         command = [
             "sh",
             "-c",

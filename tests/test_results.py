@@ -8,7 +8,8 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -39,7 +40,7 @@ def made(out: Path, folder: Path, seed: int, seg: float) -> None:
 
 def test_every_row_composes(results: ModuleType) -> None:
     for row in results.read_rows():
-        paths = dict.fromkeys(("voc", "acdc", "coco", "weights"), "somewhere")
+        paths = dict.fromkeys(("voc", "acdc", "coco", "weights", "first"), "somewhere")
         settings = [setting.format(**paths) for setting in row.settings]
         cfg = apply_variant(compose("train", settings))
         assert cfg.boundary
@@ -219,6 +220,30 @@ def test_command_of_a_second_stage(
     assert f"checkpoint={first / 'checkpoints' / 'last.ckpt'}" in label
     assert f"output_dir={labels}" in label
     assert train == [*commands[0], f"data.masks={labels / 'cpl'}"]
+
+
+def test_a_second_stage_that_starts_from_the_first_ones_encoder(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: dict[Path, list[str]] = {}
+
+    def start(folder: Path, settings: list[str], first: Path | None = None) -> Any:
+        started[folder] = settings
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(results, "start", start)
+    monkeypatch.setattr(results, "move_stale", lambda *given: None)
+    one = results.Row("t", "one", ("experiment=one",))
+    own = results.Row("t", "own", ("experiment=two",), one)
+    from_it = results.Row("t", "from", ("experiment=two", "backbone.weights={first}"), one)
+    made(tmp_path, one.folder(tmp_path, 3), 3, 1.0)
+    results.run_all([own, from_it], [3], {"voc": None}, tmp_path, 1)
+    assert [folder.name for folder in started] == [
+        "two_on_one-seed3",
+        "two_from_encoder_on_one-seed3",
+    ]
+    weights = tmp_path / "one-seed3" / "checkpoints" / "last.ckpt"
+    assert list(started.values())[1][1] == f"backbone.weights={weights}"
 
 
 def written(results: ModuleType, path: Path, rows: list[object]) -> str:
