@@ -161,6 +161,8 @@ def read_rows(path: Path = ROWS, more: Sequence[str] = ()) -> list[Row]:
             row = own if isinstance(own, dict) else {"settings": own}
             settings = (*row["settings"], *content["data"][about["data"]], *content["all"], *more)
             first = rows[table, row["labels_of"]] if "labels_of" in row else None
+            if first is None and "{first}" in "".join(settings):
+                raise ValueError(f"{table}/{name} has {{first}} and no labels_of")
             bound = row.get("bound", BOUND)
             rows[table, name] = Row(table, name, settings, first, tuple(more), bound)
     return list(rows.values())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.commands.conftest import TINY, compose
-from wsss.build import build_method, build_network, restore_method
+from wsss.build import build_method, build_network, plain_config, restore_method
 from wsss.checkpoints import find_checkpoint, read_checkpoint, saved_config
 from wsss.errors import UserError
 from wsss.inference import Inference, find_device
@@ -190,9 +190,12 @@ def test_encoder_of_a_run_at_another_size(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["backbone.name=vit_tiny_patch16_384"], "was trained with backbone.name=.* not vit_tiny"),
-        (["backbone.options.depth=3"], "missing: blocks.2"),
-        (["backbone.options.embed_dim=48"], r"shape: cls_token \(1, 1, 24\) instead of"),
+        (["backbone.name=vit_tiny_patch16_384"], r"backbone\.name=.*; here it is vit_tiny"),
+        (["backbone.options.depth=3"], r"options\.depth=2; here it is 3"),
+        # What no shape of a tensor shows.
+        (["backbone.options.num_heads=4"], r"options\.num_heads=2; here it is 4"),
+        (["~backbone.options.num_heads"], r"options\.num_heads=2; here it is not set"),
+        (["+backbone.options.qk_norm=true"], r"options\.qk_norm=not set; here it is True"),
     ],
 )
 def test_encoder_of_another_network(checkpoint: Path, more: list[str], says: str) -> None:
@@ -203,10 +206,61 @@ def test_encoder_of_another_network(checkpoint: Path, more: list[str], says: str
 def test_weights_that_are_no_run(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"backbone\.weights='.*' is a folder without checkpoints"):
         _with_encoder_of(tmp_path)
-    with pytest.raises(UserError, match=r"backbone\.weights='.*'.*no such file.* last\.ckpt"):
-        _with_encoder_of(checkpoint.with_name("first.ckpt"))
+    with pytest.raises(UserError, match=r"backbone\.weights='.*'.*no such file.* There is.*: last"):
+        _with_encoder_of(checkpoint.with_name("lust.ckpt"))
+    for missing in (tmp_path / "no" / "run", "''"):
+        with pytest.raises(UserError, match=r"backbone\.weights='.*': no such file, nor a run"):
+            _with_encoder_of(missing)
     # A checkpoint of another program is a weights file, if its tensors are the backbone's.
     vit = _with_encoder_of(checkpoint).encoder.vit
     torch.save({"state_dict": vit.state_dict()}, tmp_path / "other.ckpt")
     other = _with_encoder_of(tmp_path / "other.ckpt").encoder.vit
     torch.testing.assert_close(other.state_dict(), vit.state_dict())
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (tmp_path / "other.ckpt").rename(folder / "best.ckpt")
+    other = _with_encoder_of(folder).encoder.vit
+    torch.testing.assert_close(other.state_dict(), vit.state_dict())
+
+
+def test_weights_in_the_users_home(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    vit = _with_encoder_of(checkpoint).encoder.vit
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    shutil.copy(checkpoint, tmp_path / "run.ckpt")
+    for name in ("vit.pth", "run.ckpt"):
+        found = _with_encoder_of(f"'~/{name}'").encoder.vit
+        torch.testing.assert_close(found.state_dict(), vit.state_dict())
+
+
+def test_where_the_weights_were_is_kept(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    config = compose("train", [*TINY, "data.root=nowhere", "backbone.weights=last.ckpt"])
+    assert plain_config(config)["backbone"]["weights"] == str(checkpoint)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_encoder_of_mctformer(classes: int, tmp_path: Path) -> None:
+    """Its class tokens, which began as one, are one again; any method can start from it."""
+    target = "method._target_=wsss.methods.MCTformer"
+    start = compose("train", [*TINY, "data.root=nowhere"])
+    config = compose("train", ["experiment=mctformer_shapes", "data.root=nowhere"])
+    config.backbone = start.backbone
+    names = CLASSES[:classes]
+    method = build_method(config, build_network(config, classes), names)
+    vit: Any = method.network.encoder.vit
+    vit.cls_token.data += torch.rand_like(vit.cls_token)
+    vit.pos_embed.data += torch.rand_like(vit.pos_embed)
+    content: dict[str, Any] = {"state_dict": method.state_dict(), "global_step": 7}
+    method.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "last.ckpt")
+
+    plain = _with_encoder_of(tmp_path / "last.ckpt").encoder.vit
+    torch.testing.assert_close(plain.cls_token[0, 0], vit.cls_token[0].mean(0))
+    torch.testing.assert_close(plain.pos_embed[0, 0], vit.pos_embed[0, :classes].mean(0))
+    torch.testing.assert_close(plain.pos_embed[0, 1:], vit.pos_embed[0, classes:])
+    torch.testing.assert_close(plain.blocks.state_dict(), vit.blocks.state_dict())
+    again = _with_encoder_of(tmp_path / "last.ckpt", target, classes=classes).encoder.vit
+    torch.testing.assert_close(again.cls_token[0, 0], vit.cls_token[0].mean(0))

@@ -47,6 +47,17 @@ def test_every_row_composes(results: ModuleType) -> None:
         assert cfg.trainer.threads == 1
 
 
+def test_a_start_from_no_first_stage(results: ModuleType, tmp_path: Path) -> None:
+    rows = {
+        "data": {"d": []},
+        "all": [],
+        "tables": {"t": {"data": "d", "rows": {"r": ["a={first}"]}}},
+    }
+    (tmp_path / "rows.yaml").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"t/r has {first} and no labels_of"):
+        results.read_rows(tmp_path / "rows.yaml")
+
+
 def test_settings_for_all_runs(results: ModuleType, tmp_path: Path) -> None:
     plain, longer = results.read_rows(), results.read_rows(more=["trainer.max_steps=9"])
     for a, b in zip(plain, longer, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,21 @@ from wsss.methods.base import CHECKPOINT_KEY, Method
 from wsss.nn import SavedEncoder, WSSSNetwork
 
 log = logging.getLogger(__name__)
+
+#: options of backbones under which the same weights still mean the same
+FREE_OPTIONS = (
+    "img_size",
+    "dynamic_img_size",
+    "output_stride",
+    "freeze_bn",
+    "freeze_stem",
+    "drop_rate",
+    "drop_path_rate",
+    "pos_drop_rate",
+    "patch_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+)
 
 
 def build_data(cfg: DictConfig, load_masks: bool = False) -> WSSSDataModule:
@@ -84,14 +100,15 @@ def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) 
         UserError: parts that the options freeze would stay random, or what the constructor finds.
     """
     backbone = cfg.backbone
-    weights = _find_weights(backbone.weights) if load_weights else None
+    weights = _find_weights(backbone) if load_weights else None
     options = cast(dict[str, Any], OmegaConf.to_container(backbone.options, resolve=True))
     frozen = [key for key in ("freeze_bn", "freeze_stem") if options.get(key)]
     if load_weights and weights is None and not backbone.pretrained and frozen:
         off = " ".join(f"backbone.options.{key}=false" for key in frozen)
         raise UserError(
             f"backbone.weights is not set, and '{backbone.name}' would keep parts of its random "
-            f"start ({', '.join(frozen)}): give a weights file, or train from scratch with {off}."
+            f"start ({', '.join(frozen)}): give a weights file or a run, or train from "
+            f"scratch with {off}."
         )
     neck = cfg.get("neck") or {}  # checkpoints of versions without necks have none
     decoder = cfg.get("decoder")  # nor a choice of decoders
@@ -108,21 +125,55 @@ def build_network(cfg: DictConfig, num_classes: int, load_weights: bool = True) 
     )
 
 
-def _find_weights(weights: str | None) -> str | SavedEncoder | None:
+def _find_weights(backbone: DictConfig) -> str | SavedEncoder | None:
     """What ``backbone.weights`` means: a weights file, or the encoder of a run."""
-    file = Path(weights or "").expanduser()
-    if weights is None or not (file.is_dir() or file.suffix == ".ckpt"):
-        return weights
-    path = find_checkpoint(weights, "backbone.weights")
+    weights = backbone.weights
+    if weights is None:
+        return None
+    file = Path(weights).expanduser()
+    if not weights or not file.exists():
+        near = f" in '{file.parent}'" if file.parent.is_dir() else ""
+        names = difflib.get_close_matches(file.name, _names_beside(file))
+        hint = f" There is{near}: {', '.join(names)}." if names else ""
+        raise UserError(
+            f"backbone.weights='{weights}': no such file, nor a run's folder.{hint} Leave it out "
+            "for the weights of timm's hub."
+        )
+    if not file.is_dir() and file.suffix != ".ckpt":
+        return str(file)
+    path = find_checkpoint(file, "backbone.weights")
     content = read_checkpoint(path)
-    if CHECKPOINT_KEY not in content:
-        return weights
+    if CHECKPOINT_KEY not in content:  # of another program
+        return str(path)
     config = saved_config(content, path)
+    _check_same_backbone(backbone, config.backbone, path)
     method = restore_method(content, config, path)
     name = method.network_names[0]
-    network = method.networks()[name]
     log.info("Encoder: that of %s (%s)", path, name)
-    return SavedEncoder(config.backbone.name, network.encoder.state_dict(), path)
+    return SavedEncoder(config.backbone.name, method.networks()[name].encoder_state(), path)
+
+
+def _names_beside(file: Path) -> list[str]:
+    return [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
+
+
+def _check_same_backbone(backbone: DictConfig, saved: DictConfig, path: Path) -> None:
+    """Refuse options that change what weights mean, which not all show in their shapes.
+
+    Raises:
+        UserError: another name, or another value of such an option.
+    """
+    ours, theirs = (
+        {"name": it.name, **{f"options.{k}": v for k, v in it.options.items()}}
+        for it in (backbone, saved)
+    )
+    for key in sorted(ours.keys() | theirs.keys()):
+        now, then = (it.get(key, "not set") for it in (ours, theirs))
+        if now != then and key.removeprefix("options.") not in FREE_OPTIONS:
+            raise UserError(
+                f"backbone.weights='{path}' was trained with backbone.{key}={then}; here it is "
+                f"{now}. Choose the same backbone, or other weights."
+            )
 
 
 def method_class(cfg: DictConfig) -> type[Method]:
@@ -275,8 +326,11 @@ def restore_method(checkpoint: dict[str, Any], config: DictConfig, path: str | P
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain containers, with the data folders made absolute."""
+    """The configuration as plain containers, with the paths of data and weights made absolute."""
     plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    weights = plain.get("backbone", {}).get("weights")
+    if weights and Path(weights).expanduser().exists():
+        plain["backbone"]["weights"] = str(Path(weights).expanduser().absolute())
     for key in ("root", "masks"):
         if plain.get("data", {}).get(key) not in (None, "???"):
             plain["data"][key] = str(Path(plain["data"][key]).expanduser().absolute())

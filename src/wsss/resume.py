@@ -77,17 +77,20 @@ class Resumed:
         return ", ".join(f"{key}={now} (was {then})" for key, then, now in self.changed)
 
 
-def check_free(output_dir: Path, ckpt: str | None, overwrite: bool) -> None:
+def check_free(
+    output_dir: Path, ckpt: str | None, overwrite: bool, weights: str | None = None
+) -> None:
     """Refuse to train anew where a run already is: its checkpoints would be replaced unasked.
 
     Args:
         output_dir: the run's folder.
         ckpt: as :func:`find_checkpoint` takes it.
         overwrite: the run that is there may go.
+        weights: ``backbone.weights``.
 
     Raises:
         UserError: a run is there, and neither ``ckpt`` nor ``overwrite`` says what becomes of it;
-            or both do, and ``ckpt`` is a part of that run.
+            or both do, and ``ckpt`` is a part of that run, as ``weights`` must not be either.
     """
     last = output_dir / "checkpoints" / "last.ckpt"
     if ckpt is None:
@@ -99,6 +102,10 @@ def check_free(output_dir: Path, ckpt: str | None, overwrite: bool) -> None:
     elif overwrite and (ckpt == "last" or _is_inside(Path(ckpt), output_dir)):
         raise UserError(
             f"overwrite=true would remove what ckpt={ckpt} goes on from: leave out one of them."
+        )
+    if overwrite and ckpt is None and weights and _is_inside(Path(weights), output_dir):
+        raise UserError(
+            f"overwrite=true would remove backbone.weights={weights}: choose another output_dir."
         )
 
 

@@ -85,7 +85,7 @@ def _train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     # Every rank looks, so that none waits for one that refused: what is looked for is written when
     # all of them have met.
-    check_free(output_dir, cfg.ckpt, cfg.overwrite)
+    check_free(output_dir, cfg.ckpt, cfg.overwrite, cfg.backbone.weights)
     checkpoint = find_checkpoint(cfg.ckpt, output_dir)
     resumed = None if checkpoint is None else read_resumed(checkpoint, cfg)
     if first_rank:

@@ -143,9 +143,9 @@ def test_a_class_without_pixels_is_not_shown(make_curves: MakeCurves) -> None:
     item.cam.reliability[2] = LabelReliability(2, 0, *[math.nan] * 4)
     item.cam.reliability[1] = LabelReliability(1, 5, 1.0, 1.0, 0.5, math.nan)
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(class_table(item, ["cat", "dog"]))
+    console.print(class_table(item, ["[/cat]", "dog"]))
     lines = [line.split() for line in console.export_text().splitlines()]
-    assert ["cat", "100.0", "100.0", "0.50", "-"] in lines  # no pixel is wrong
+    assert ["[/cat]", "100.0", "100.0", "0.50", "-"] in lines  # no pixel is wrong
     assert not any(line[:1] == ["dog"] for line in lines)
 
 

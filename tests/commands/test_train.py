@@ -372,6 +372,11 @@ def test_a_folder_that_holds_a_run_is_left_alone(
             train(compose("train", [*few, "overwrite=true", f"ckpt={ckpt}"]), tmp_path)
     with pytest.raises(UserError, match="nowhere"):  # a mistake costs nothing
         train(compose("train", [*few, "overwrite=true", "data.root=nowhere"]), tmp_path)
+    for weights in (tmp_path, tmp_path / "checkpoints" / "last.ckpt"):
+        with pytest.raises(UserError, match=r"would remove backbone\.weights=.*another output_dir"):
+            train(
+                compose("train", [*few, "overwrite=true", f"backbone.weights={weights}"]), tmp_path
+            )
     assert kept == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
 
     # No rank may wait for one that has refused.

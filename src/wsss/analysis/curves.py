@@ -65,7 +65,8 @@ class LabelReliability(NamedTuple):
         label: 0..C.
         pixels: whose true label it is.
         right: share of them whose pseudo-label it is.
-        right_by_weight: the same with each pixel counted by its weight.
+        right_by_weight: the same with each pixel counted by its weight, over the whole label: a
+            balanced CAM2Seg takes the mean of pixels labelled foreground and background apart.
         weight_right: mean weight of the right ones; 1 is the mean over all pixels.
         weight_wrong: of the others. Where it is the larger one, RAW teaches the mistake.
     """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAVY
+from rich.markup import escape
 from rich.table import Table
 
 from wsss.analysis.collect import CheckpointAnalysis, NetworkScore, Thresholds
@@ -300,7 +301,7 @@ def class_table(item: CheckpointCurves, classes: Sequence[str]) -> Table:
         if row.pixels:
             weights = (row.weight_right, row.weight_wrong)
             table.add_row(
-                name,
+                escape(name),
                 percent(row.right),
                 percent(row.right_by_weight),
                 *(f"{w:.2f}" if math.isfinite(w) else "-" for w in weights),

@@ -36,7 +36,7 @@ class SavedEncoder:
     path: Path  #: of the checkpoint, for messages
 
     def load_into(self, encoder: Encoder) -> None:
-        """Copy the weights, strictly; position embeddings of another grid are resampled.
+        """Copy the weights, strictly; a ViT's embeddings of positions and patches are resampled.
 
         Raises:
             UserError: it is another encoder.

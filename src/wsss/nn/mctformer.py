@@ -163,6 +163,16 @@ class MCTformerNetwork(WSSSNetwork):
         )
         return output, class_tokens.mean(dim=-1)
 
+    def encoder_state(self) -> dict[str, Tensor]:
+        """See :meth:`WSSSNetwork.encoder_state`; the class tokens become their mean."""
+        state = super().encoder_state()
+        tokens = state["vit.cls_token"]
+        state["vit.cls_token"] = tokens.mean(1, keepdim=True)
+        if "vit.pos_embed" in state and not self._vit.no_embed_class:
+            own, others = state["vit.pos_embed"].tensor_split([tokens.shape[1]], dim=1)
+            state["vit.pos_embed"] = torch.cat([own.mean(1, keepdim=True), others], dim=1)
+        return state
+
     @property
     def _vit(self) -> Any:
         return self.encoder.vit

@@ -154,6 +154,10 @@ class WSSSNetwork(nn.Module):
             decoder = (decoder or largefov)(self.encoder, num_classes + 1)
         self.decoder = decoder
 
+    def encoder_state(self) -> dict[str, Tensor]:
+        """The encoder's weights, for a network of another kind to start from."""
+        return dict(self.encoder.state_dict())
+
     @property
     def patch_size(self) -> tuple[int, int]:
         """Height and width of a cell of the grid, in pixels."""

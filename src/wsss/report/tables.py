@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -264,7 +265,9 @@ def class_table(
         table.add_column(heading, justify="right")
     for name in per_class[f"{columns[0]}/{headline}"]:
         ious = (number(per_class[f"{n}/{headline}"][name]) for n in columns)
-        table.add_row(name, *ious, *(number(value) for value in more.get(name, {}).values()))
+        table.add_row(
+            escape(name), *ious, *(number(value) for value in more.get(name, {}).values())
+        )
     if more and len(columns) > 1:
         table.caption = f"precision, recall, FP/TP: {columns[0].upper()}"
         table.caption_justify = "left"
