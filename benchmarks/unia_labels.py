@@ -30,8 +30,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from wsss.build import build_data
-from wsss.checkpoints import find_checkpoint, read_checkpoint, restore_method, saved_config
+from wsss.build import build_data, restore_method
+from wsss.checkpoints import find_checkpoint, read_checkpoint, saved_config
 from wsss.data.batch import EvalBatch, to_unit_range
 from wsss.data.datamodule import WSSSDataModule
 from wsss.inference import Inference
