@@ -3,10 +3,11 @@
     python benchmarks/cost.py cosa_voc unia_voc
     python benchmarks/cost.py "cosa_voc method=supervised" --sustained 60
 
-One real step of the experiment (its network with random weights, its method past the warm-up, bf16,
+One step of the experiment (its network with random weights, its method past the warm-up, bf16,
 noise for images) runs on the CPU for two small batches; its matrix products and convolutions and
-the bytes of all tensors alive are counted. Both grow linearly with the batch, so that they are
-carried on to the experiment's. That is
+the bytes of all tensors alive are counted. Both depend on shapes alone, so the products are noise
+(``--exact`` computes them, which takes hours on a processor without bf16). Both grow linearly with
+the batch, so that they are carried on to the experiment's. That is
 
 - work: floating-point operations of a step after the warm-up, times the steps. The hours are this
   over ``--sustained``, what a GPU delivers in practice, not its peak. Time in which it waits for
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,9 +33,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import (
     FlopCounterMode,
+    flop_registry,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
@@ -62,6 +65,33 @@ CPU_ATTENTION = {
 }
 #: the batches that are run; from two on, for some layers normalise over the batch
 SMALL, LARGE = 2, 3
+
+
+class NoArithmetic(TorchDispatchMode):
+    """Noise in place of every product that is counted: operations and bytes follow from shapes."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._overloadpacket not in flop_registry and func._overloadpacket not in CPU_ATTENTION:
+            return func(*args, **kwargs)
+        shapes = func(*tree_map(as_meta, args), **tree_map(as_meta, kwargs))
+        return tree_map(as_noise, shapes)
+
+
+def as_meta(value: Any) -> Any:
+    """A tensor's shape, strides and type."""
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def as_noise(value: Any) -> Any:
+    """A tensor of that shape."""
+    return (
+        torch.empty_like(value, device="cpu").uniform_(-1, 1)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+    )
 
 
 class LiveBytes(TorchDispatchMode):
@@ -114,6 +144,7 @@ def main() -> None:
         help="TFLOP/s that a GPU delivers (default %(default)s)",
     )
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--exact", action="store_true", help="compute every product")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -122,11 +153,12 @@ def main() -> None:
     table = Table(title=f"hours at {arguments.sustained:g} TFLOP/s", title_justify="left")
     for column in ("experiment", "batch", "steps", "TFLOP a step", "GPU hours", "GiB"):
         table.add_column(column, justify="left" if column == "experiment" else "right")
+    skip = not arguments.exact
     for name in track(arguments.experiments, "counting", console=Console(stderr=True)):
         classes = arguments.classes or (80 if "coco" in name else 20)
         cfg = settings(name)
         batch, steps = int(cfg.data.batch_size), int(cfg.trainer.max_steps)
-        small, large = (measure(cfg, classes, n) for n in (SMALL, LARGE))
+        small, large = (measure(cfg, classes, n, skip) for n in (SMALL, LARGE))
         work = carry_on(small[0], large[0], batch) / 1e12
         memory = carry_on(small[1], large[1], batch) / 2**30
         hours = work * steps / arguments.sustained / 3600
@@ -178,10 +210,10 @@ def step(method: Method, cfg: DictConfig, classes: int, images: int) -> None:
     torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum().backward()
 
 
-def measure(cfg: DictConfig, classes: int, images: int) -> tuple[float, float]:
+def measure(cfg: DictConfig, classes: int, images: int, skip: bool = True) -> tuple[float, float]:
     """Floating-point operations of a step, and bytes alive at their most.
 
-    Of the second step, when the optimizer has its state.
+    Of the second step, when the optimizer has its state. ``skip``: shapes alone, no arithmetic.
     """
     gc.collect()
     live = LiveBytes()
@@ -190,6 +222,8 @@ def measure(cfg: DictConfig, classes: int, images: int) -> tuple[float, float]:
         for value in (*method.parameters(), *method.buffers()):
             live.add(value)
         optimizer = method.configure_optimizers()["optimizer"]
+    # The innermost of the three, so that the others see what it makes.
+    with NoArithmetic() if skip else nullcontext(), live:
         for _ in range(2):
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
                 step(method, cfg, classes, images)

@@ -72,3 +72,13 @@ def test_a_small_experiment(cost: ModuleType) -> None:
     assert peak > 4 * 5 * parameters
     twice, _ = cost.measure(cfg, 3, 4)
     assert twice == pytest.approx(2 * work)
+
+
+@pytest.mark.parametrize("experiment", ["cosa_shapes", "unia_shapes", "seam_shapes"])
+def test_noise_in_place_of_products_costs_the_same(cost: ModuleType, experiment: str) -> None:
+    cfg = cost.settings(experiment)
+    cfg.view.crop_size = 48
+    work, peak = cost.measure(cfg, 3, 2)
+    true_work, true_peak = cost.measure(cfg, 3, 2, skip=False)
+    assert work == true_work > 0
+    assert peak == pytest.approx(true_peak, rel=0.05)
