@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.report.made import run
+from tests.report.made import run, write
 from wsss.errors import UserError
 from wsss.report.runs import (
     differing_settings,
@@ -123,6 +124,56 @@ def test_what_a_machine_decides_makes_no_other_experiment() -> None:
     runs = [on(0, 2, devices=1, max_steps=5), on(1, 8, devices=4, max_steps=5, progress=False)]
     assert len(seed_groups(runs)) == 1
     assert len(seed_groups([*runs, on(2, 2, devices=1, max_steps=9)])) == 2
+
+
+def second_stage(seed: int, masks: Path | str, weights: Path | str | None = None) -> Any:
+    backbone = {"weights": None if weights is None else str(weights)}
+    return run("supervised", seed, data={"masks": str(masks)}, backbone=backbone)
+
+
+def test_second_stages_on_the_labels_of_several_seeds_are_one_group(tmp_path: Path) -> None:
+    for name, seed, rate in (("a", 0, 1.0), ("b", 1, 1.0), ("c", 1, 2.0)):
+        first = run("cosa", seed, name="cosa_voc", method={"lr": rate}, output_dir=name)
+        write(first, tmp_path / name)
+        for refine in ("none", "crf"):
+            (tmp_path / f"{name}_{refine}").mkdir()
+            settings = {"all": {"checkpoint_sha256": name}, "cpl": {"refine": refine}}
+            last = tmp_path / name / "checkpoints" / "last.ckpt"
+            (tmp_path / f"{name}_{refine}" / "pseudo_labels.json").write_text(
+                json.dumps({"checkpoint": str(last), "settings": settings})
+            )
+
+    def groups(places: list[str], weights: str | None = None) -> list[list[str]]:
+        made = [
+            second_stage(i, tmp_path / place, weights and tmp_path / place[0] / weights)
+            for i, place in enumerate(places)
+        ]
+        return [[r.seed for r in group] for group in seed_groups(made)]
+
+    inside = [f"{name}/labels/train/cpl" for name in "abc"]
+    assert groups(inside) == [["0", "1"], ["2"]]
+    assert groups(inside, weights=".") == [["0", "1"], ["2"]]
+    assert groups(["a/labels/train/cpl", "b/labels/train/spl"]) == [["0"], ["1"]]
+    # Exported labels say whose and which they are, wherever they lie.
+    assert groups([f"{name}_none/cpl" for name in "abc"]) == [["0", "1"], ["2"]]
+    assert groups(["a_none/cpl", "b_crf/cpl"]) == [["0"], ["1"]]
+    assert groups(["elsewhere/a/cpl", "elsewhere/b/cpl"]) == [["0"], ["1"]]
+    apart = [second_stage(0, tmp_path / "a_none/cpl"), second_stage(2, tmp_path / "c_none/cpl")]
+    assert differing_settings(apart) == ["data.masks"]
+    assert re.fullmatch("cosa_voc#..../cpl", setting(apart[0], "data.masks"))
+    assert re.fullmatch(
+        "cosa_voc#..../labels/train/cpl",
+        setting(second_stage(0, tmp_path / inside[0]), "data.masks"),
+    )
+
+
+def test_labels_in_a_folder_beside_another_programs_config_keep_their_path(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("[no mapping")
+    made = second_stage(0, tmp_path / "cpl")
+    assert setting(made, "data.masks") == str(tmp_path / "cpl")
+    (tmp_path / "config.yaml").write_text("- a list\n")
+    made = second_stage(0, tmp_path / "spl")
+    assert setting(made, "data.masks") == str(tmp_path / "spl")
 
 
 def sweep() -> list[Any]:

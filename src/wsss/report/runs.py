@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import ListConfig, OmegaConf
 
+from wsss.data.given_masks import RECORD
 from wsss.errors import UserError
 from wsss.resume import TRAINER
 
@@ -20,6 +24,8 @@ from wsss.resume import TRAINER
 SEED_KEYS = ("seed", "name", "output_dir", "overwrite", "ckpt", "logger", "pictures", "evaluate")
 #: what a run's machine decides, besides its trainer, and the copy of a seed
 MACHINE_KEYS = ("data.seed", "data.num_workers", "data.eval_batch_size")
+#: settings that may be a path into another run
+FROM_RUNS = ("data.masks", "backbone.weights")
 
 
 @dataclass
@@ -288,10 +294,44 @@ def _settings(run: Run) -> dict[str, Any]:
         of_trainer = group == "trainer" and last not in (*TRAINER, "sync_batchnorm")
         if key in MACHINE_KEYS or of_trainer:
             del leaves[key]
+    for key in FROM_RUNS:
+        if isinstance(leaves.get(key), str):
+            leaves[key] = _without_seed(leaves[key])
     # One setting that every run has, before those of each add-on that some runs lack.
     addons = config.get("addon") or {}
     leaves["addon"] = "+".join(name for name, chosen in addons.items() if chosen) or "-"
     return leaves
+
+
+@lru_cache
+def _without_seed(path: str) -> str:
+    """A path into another run's folder, by that run's experiment in place of its seed.
+
+    So the second stages of several seeds, each on the labels of a first stage of its own, are one
+    experiment: ``cosa_shapes#3f2a/cpl``, with a hash of the settings of the first stage and of the
+    labels. A path into no run that can be read stays as it is.
+    """
+    place, labels = Path(path), {}
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        record = json.loads((place.parent / RECORD).read_text(encoding="utf-8"))
+        labels = {**record["settings"]["all"], **record["settings"][place.name]}
+        del labels["checkpoint_sha256"]
+        place = Path(record["checkpoint"])
+    for folder in (place, *place.parents):
+        if (folder / "config.yaml").is_file():
+            break
+    else:
+        return path
+    try:
+        config = cast(
+            dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        )
+        name = config.get("name") or folder.name
+        settings = json.dumps([_settings(Run(folder, config, {})), labels], default=str)
+    except Exception:  # another program's config.yaml
+        return path
+    inside = Path(path).name if labels else place.relative_to(folder).as_posix()
+    return f"{name}#{hashlib.sha256(settings.encode()).hexdigest()[:4]}/{inside}"
 
 
 def _leaves(node: Any, prefix: str) -> Iterable[tuple[str, Any]]:
