@@ -76,6 +76,8 @@ def _data_settings(cfg: DictConfig) -> dict[str, Any]:
         raise UserError(
             "data=from_checkpoint is for commands that read a checkpoint: choose voc, shapes ..."
         )
+    if OmegaConf.is_missing(cfg.data.dataset, "_target_"):
+        raise UserError("data=base is what all data sets share: choose voc, folder, shapes ...")
     if OmegaConf.is_missing(cfg.data, "root"):
         kind = hydra.utils.get_object(cfg.data.dataset._target_)
         hint = getattr(kind, "root_hint", Layout.root_hint)()
@@ -177,7 +179,13 @@ def _check_same_backbone(backbone: DictConfig, saved: DictConfig, path: Path) ->
 
 
 def method_class(cfg: DictConfig) -> type[Method]:
-    """The class that ``cfg.method`` names."""
+    """The class that ``cfg.method`` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    if cfg.method.get("_target_") is None:
+        raise UserError("method=base is what all methods share: choose cosa, unia, cam ...")
     return cast(type[Method], hydra.utils.get_class(cfg.method._target_))
 
 

@@ -315,6 +315,7 @@ def test_a_split_that_nobody_asked_for_may_be_broken(
         (["data=folder", "data.root={root}", "download=true"], r"data=folder has no archives that"),
         (["data=acdc", "data.root={root}", "download=true"], r"download=true: .*ACDC"),
         (["data=from_checkpoint"], r"data=from_checkpoint is for commands that read a checkpoint"),
+        (["data=base", "data.root={root}"], r"data=base is what all data sets share: choose voc"),
     ],
 )
 def test_wrong_settings(root: Path, overrides: list[str], message: str) -> None:

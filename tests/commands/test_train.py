@@ -311,6 +311,13 @@ def test_global_batch_that_does_not_divide(tiny: list[str], tmp_path: Path) -> N
         train(compose("train", [*tiny, "trainer.accumulate_grad_batches=3"]), tmp_path)
 
 
+@pytest.mark.parametrize("choice", ["method", "data"])
+def test_files_that_no_run_is_made_of_are_no_choices(choice: str, tmp_path: Path) -> None:
+    cfg = compose("train", ["experiment=shapes", f"data.root={tmp_path}", f"{choice}=base"])
+    with pytest.raises(UserError, match=f"{choice}=base is what all .* share: choose"):
+        train(cfg, tmp_path / "run")
+
+
 def test_weights_of_another_model(tiny: list[str], tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     torch.save({"conv.weight": torch.zeros(3)}, path)
