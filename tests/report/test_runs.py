@@ -160,9 +160,9 @@ def test_second_stages_on_the_labels_of_several_seeds_are_one_group(tmp_path: Pa
     assert groups(["elsewhere/a/cpl", "elsewhere/b/cpl"]) == [["0"], ["1"]]
     apart = [second_stage(0, tmp_path / "a_none/cpl"), second_stage(2, tmp_path / "c_none/cpl")]
     assert differing_settings(apart) == ["data.masks"]
-    assert re.fullmatch("cosa_voc#..../cpl", setting(apart[0], "data.masks"))
+    assert re.fullmatch("cosa_voc#[0-9a-f]{8}/cpl", setting(apart[0], "data.masks"))
     assert re.fullmatch(
-        "cosa_voc#..../labels/train/cpl",
+        "cosa_voc#[0-9a-f]{8}/labels/train/cpl",
         setting(second_stage(0, tmp_path / inside[0]), "data.masks"),
     )
 
@@ -171,9 +171,10 @@ def test_labels_in_a_folder_beside_another_programs_config_keep_their_path(tmp_p
     (tmp_path / "config.yaml").write_text("[no mapping")
     made = second_stage(0, tmp_path / "cpl")
     assert setting(made, "data.masks") == str(tmp_path / "cpl")
-    (tmp_path / "config.yaml").write_text("- a list\n")
-    made = second_stage(0, tmp_path / "spl")
-    assert setting(made, "data.masks") == str(tmp_path / "spl")
+    for i, text in enumerate(("- a list\n", "model: vit\n", "3\n", "")):
+        (tmp_path / "config.yaml").write_text(text)
+        made = second_stage(0, tmp_path / f"spl{i}")
+        assert setting(made, "data.masks") == str(tmp_path / f"spl{i}")
 
 
 def sweep() -> list[Any]:

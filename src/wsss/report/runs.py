@@ -308,30 +308,29 @@ def _without_seed(path: str) -> str:
     """A path into another run's folder, by that run's experiment in place of its seed.
 
     So the second stages of several seeds, each on the labels of a first stage of its own, are one
-    experiment: ``cosa_shapes#3f2a/cpl``, with a hash of the settings of the first stage and of the
-    labels. A path into no run that can be read stays as it is.
+    experiment: ``cosa_shapes#3f2a91c0/cpl``, with a hash of the settings of the first stage and of
+    the labels. A path into no run that can be read stays as it is.
     """
-    place, labels = Path(path), {}
+    place, labels = Path(path), None
     with suppress(OSError, ValueError, TypeError, KeyError):
         record = json.loads((place.parent / RECORD).read_text(encoding="utf-8"))
-        labels = {**record["settings"]["all"], **record["settings"][place.name]}
-        del labels["checkpoint_sha256"]
-        place = Path(record["checkpoint"])
-    for folder in (place, *place.parents):
-        if (folder / "config.yaml").is_file():
-            break
-    else:
+        of_all, of_these = record["settings"]["all"], record["settings"][place.name]
+        checkpoint = Path(record["checkpoint"])
+        labels = {**of_all, **of_these, "checkpoint_sha256": None}
+        place = checkpoint
+    folder = next((f for f in (place, *place.parents) if (f / "config.yaml").is_file()), None)
+    if folder is None:
         return path
     try:
-        config = cast(
-            dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        )
-        name = config.get("name") or folder.name
+        config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        if not {"seed", "data"} <= set(config):  # another program's
+            return path
         settings = json.dumps([_settings(Run(folder, config, {})), labels], default=str)
-    except Exception:  # another program's config.yaml
+    except Exception:  # not even that; YAML and OmegaConf each raise their own
         return path
+    name = config.get("name") or folder.name
     inside = Path(path).name if labels else place.relative_to(folder).as_posix()
-    return f"{name}#{hashlib.sha256(settings.encode()).hexdigest()[:4]}/{inside}"
+    return f"{name}#{hashlib.sha256(settings.encode()).hexdigest()[:8]}/{inside}"
 
 
 def _leaves(node: Any, prefix: str) -> Iterable[tuple[str, Any]]:
