@@ -81,7 +81,7 @@ IGNORED = (
 OF_CAMS = ("method.cam_scales", "method.cpl_threshold")
 #: what a recorded run has its row's fingerprint under
 SETTINGS = "settings"
-console = Console(highlight=False, soft_wrap=True)
+console = Console(markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,16 @@ def test_every_row_composes(results: ModuleType) -> None:
         assert cfg.trainer.threads == 1
 
 
+def test_listed_settings_are_whole(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Brackets are markup to rich."""
+    asked = ["results.py", "--list", "--only", "methods_voc_mini/cosa + unia + isl_fsl"]
+    monkeypatch.setattr(sys, "argv", asked)
+    results.main()
+    assert "neck=uncertainty addon=[unia,isl_fsl] data.root={voc}" in capsys.readouterr().out
+
+
 def test_a_start_from_no_first_stage(results: ModuleType, tmp_path: Path) -> None:
     rows = {
         "data": {"d": []},

@@ -156,7 +156,9 @@ def write_figures(
     """Write figures and tables, and say which are left out and why."""
 
     def left_out(name: str, reason: str) -> None:
-        console.print(f"{name} is left out: {reason}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True
+        )
 
     for item in curves:
         if item.thresholds.kind in THRESHOLD_NOTES:

@@ -263,7 +263,8 @@ def test_unfinished_runs_of_a_sweep_are_named_everywhere(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy_run(runs / "cam", tmp_path / "sweep" / "0", checkpoint=False)
-    going = copy_run(runs / "cam", tmp_path / "sweep" / "1", checkpoint=False)
+    # as sweeps name folders; brackets are markup to rich
+    going = copy_run(runs / "cam", tmp_path / "sweep" / "addon=[unia,isl_fsl]", checkpoint=False)
     (going / "scores.json").unlink()
     cfg = compose(
         "report", f"run={tmp_path}/sweep/*", f"output_dir={tmp_path / 'out'}", "pictures=0"

@@ -98,7 +98,7 @@ def gaussian_fsl(cfg: DictConfig) -> dict[tuple[float, float], Score]:
         save_png(picture, output_dir / "strip.png")
     console.print(printed(start, found))
     best = max(found, key=lambda pair: found[pair].jf)
-    console.print(f"Best J&F at mu {best[0]:g}, sigma {best[1]:g}. Written to {output_dir}")
+    print(f"Best J&F at mu {best[0]:g}, sigma {best[1]:g}. Written to {output_dir}")
     return found
 
 

@@ -75,7 +75,7 @@ def report(cfg: DictConfig) -> list[Path]:
             f"scores.json), left out: {', '.join(map(str, unfinished))}"
         )
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     written = [output / "table.md", output / "table.csv"]
     write_atomically(written[0], markdown(header, rows, lines).encode())
     write_atomically(written[1], csv_text(*table_rows(runs, names)).encode())
