@@ -74,7 +74,7 @@ def analyse(cfg: DictConfig) -> list[Path]:
         content = read_checkpoint(path)
         step = int(content.get("global_step", 0))
         if step in found:
-            console.print(f"{path.name} is at step {step} as {found[step][0].name} is: left out.")
+            print(f"{path.name} is at step {step} as {found[step][0].name} is: left out.")
             continue
         config = merge_data(saved_config(content, path), cfg)
         data = data or open_data(config)
@@ -101,7 +101,7 @@ def analyse(cfg: DictConfig) -> list[Path]:
     console.print(printed_table(curves))
     console.print(class_table(curves[-1], method.classes))
     for line in sentences(curves[-1]):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     print(f"{len(written)} files in {output_dir}")
     return written
 

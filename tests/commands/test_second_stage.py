@@ -43,10 +43,9 @@ def labels(run: Run, tiny: list[str], tmp_path: Path) -> Path:
 def test_small_networks(
     run: Run, labels: Path, shapes_root: Path, tmp_path: Path, decoder: str
 ) -> None:
-    experiment, *rest = SECOND
-    name, out = f"{experiment[: -len('shapes')]}{decoder}_shapes", tmp_path / "second"
+    experiment, out = f"experiment=cosa_ms_{decoder}_shapes", tmp_path / "second"
     data = [f"data.root={shapes_root}", f"data.masks={labels}"]
-    run("train", name, *rest, *data, f"output_dir={out}")
+    run("train", experiment, *SECOND[1:], *data, f"output_dir={out}")
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert decoder in config["decoder"]["_target_"].lower()
     assert "on/seg/miou_ms_flip" in json.loads((out / "scores.json").read_text())["scores"]
