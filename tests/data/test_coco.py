@@ -424,6 +424,33 @@ def test_names_that_two_images_have(root: Path) -> None:
     assert set(np.unique(data.load_mask(0))) == {0, 1, 2}
 
 
+def test_ids_that_two_images_have(root: Path) -> None:
+    """Whose annotations they are cannot be known: neither image is used."""
+    path = write_json(root, ABC, change=lambda c: c["images"][2].update(id=c["images"][1]["id"]))
+    with pytest.raises(DatasetError, match=rf"{path}: 2 images have the id 101, 'b\.jpg' is one"):
+        COCO(root).open("train")
+    with pytest.warns(UserWarning, match="left out 2 of 3 images"):
+        assert COCO(root).open("train", on_error="skip").names == ["a"]
+
+
+def test_annotations_of_images_that_are_not_listed_are_counted(root: Path) -> None:
+    assert "not listed" not in notes(root)
+    write_json(root, ABC, change=lambda c: c["annotations"][1].update(image_id="100"))
+    assert "1 annotation of images that are not listed, of image_id '100' for one" in notes(root)
+    assert labels(COCO(root).open("train")) == {"a": ["dog"], "b": ["brush"]}
+
+
+def test_ids_of_another_kind_in_annotations(root: Path) -> None:
+    def as_text(content: Json) -> None:
+        for annotation in content["annotations"]:
+            annotation["image_id"] = str(annotation["image_id"])
+
+    path = write_json(root, ABC, change=as_text)
+    message = f"{path}: .*no annotation is of an image in 'images': image_id '100', and ids like 10"
+    with pytest.raises(DatasetError, match=message):
+        COCO(root).open("train")
+
+
 def test_image_of_another_size_than_its_annotations(root: Path) -> None:
     Image.new("RGB", (30, 24)).save(root / "train2017/b.jpg")
     with pytest.raises(DatasetError, match=r"b\.png: mask is 32x24 but its image is 30x24"):
@@ -440,6 +467,8 @@ def test_image_of_another_size_than_its_annotations(root: Path) -> None:
         (lambda c: c["annotations"][0].update(category_id=[1]), r"category_id \[1\]"),
         (lambda c: c["images"][0].update(file_name=7), "file_name 7 in 'images'"),
         (lambda c: c["categories"][0].update(id="x"), "id 'x' in 'categories'"),
+        (lambda c: c["categories"][1].update(id=DOG), f"two categories have the id {DOG}"),
+        (lambda c: c["categories"][1].update(name="dog"), "two categories have the name 'dog'"),
         (lambda c: c.update(images=None), "TypeError"),
         (lambda c: c["categories"].clear(), "0 categories, 1 to 254 fit"),
     ],

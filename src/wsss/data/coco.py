@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
@@ -53,7 +53,7 @@ class COCO(Layout):
     **Image labels** are the categories of all annotations of an image, crowds too. Images without
     any annotation are not part of a split, as in the papers of the field (82 081 of 82 783 remain
     in train2014, 40 137 of 40 504 in val2014). Annotations without area (COCO has a few) paint
-    nothing; they are counted.
+    nothing, those of an image that is not listed belong nowhere; both are counted.
 
     Args:
         root: folder that holds ``annotations``.
@@ -168,6 +168,7 @@ class COCO(Layout):
         out = self.work / f"masks_{split}{self.year}"
         items, entries, empty = [], [], 0
         seen: set[str] = set()
+        of_id = Counter(image["id"] for image in annotations.images)
         for image in annotations.images:
             own = annotations.by_image.get(image["id"], [])
             if not own:
@@ -180,6 +181,12 @@ class COCO(Layout):
                 item.problem = f"{annotations.path}: two images are called '{item.name}'"
                 continue
             seen.add(item.name)
+            if of_id[image["id"]] > 1:
+                item.problem = (
+                    f"{annotations.path}: {of_id[image['id']]} images have the id "
+                    f"{image['id']!r}, '{file}' is one; whose annotations are its is not known"
+                )
+                continue
             unknown = [a["category_id"] for a in own if a["category_id"] not in index]
             if unknown:
                 item.problem = (
@@ -197,6 +204,12 @@ class COCO(Layout):
             item.mask = relative(out / f"{item.name}.png", self.root)
             entries.append((item, image, own))
         notes = [f"{count(empty, 'image')} of {len(annotations.images)} without annotations: out"]
+        astray = annotations.astray
+        if astray:
+            notes.append(
+                f"{count(len(astray), 'annotation')} of images that are not listed, of image_id "
+                f"{astray[0]!r} for one: out"
+            )
         notes += self._build_masks(split, out, entries, index)
         self._contents.pop(split)  # gigabytes for the whole of COCO
         return Listing(items, [annotations.path, folder], notes)
@@ -271,13 +284,27 @@ class _Annotations:
             self.categories: dict[int, str] = {
                 c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])
             }
+            for key in ("id", "name"):
+                values = Counter(c[key] for c in content["categories"])
+                twice = [value for value, times in values.items() if times > 1]
+                if twice:
+                    raise ValueError(f"two categories have the {key} {twice[0]!r}")
             self.by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
             for annotation in content["annotations"]:
                 self.by_image[annotation["image_id"]].append(annotation)
+            ids = {image["id"] for image in self.images}
+            self.astray = [
+                a["image_id"] for a in content["annotations"] if a["image_id"] not in ids
+            ]
+            if self.astray and len(self.astray) == len(content["annotations"]):
+                raise ValueError(
+                    f"no annotation is of an image in 'images': image_id {self.astray[0]!r}, and "
+                    f"ids like {next(iter(ids), None)!r}"
+                )
         except (OSError, UnicodeError, ValueError, KeyError, TypeError) as error:
             raise DatasetError(
                 f"{path}: not readable as COCO instance annotations ({type(error).__name__}: "
-                f"{error}); unpack it again"
+                f"{error}); mend it or unpack it again"
             ) from error
         if not self.categories or len(self.categories) >= VOID:
             raise DatasetError(
