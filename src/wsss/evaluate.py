@@ -55,16 +55,8 @@ from wsss.report.tables import (
 from wsss.submission import write_submission
 
 PROTOCOLS = (*SEGMENTATION_PROTOCOLS, *CRF_PROTOCOLS, *CAM_PROTOCOLS)
-#: settings that a folder of masks knows nothing of
-OF_CHECKPOINTS = (
-    "networks",
-    "protocols",
-    "eval_scales",
-    "cam_scales",
-    "cpl_threshold",
-    "crf",
-    "coexistence",
-)
+#: settings that the protocols alone heed, and an affinity network, which has none, does not
+OF_PROTOCOLS = ("protocols", "eval_scales", "cam_scales", "cpl_threshold", "crf", "coexistence")
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -101,6 +93,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     run = merge(saved_config(checkpoint, path), cfg)
     method = restore_method(checkpoint, run, path)
     choose_networks(method, as_names(cfg.networks))
+    if not method.scores:
+        refuse_idle(cfg, OF_PROTOCOLS, f"{path} has scores of its own")
     coexistence = class_numbers(as_names(cfg.coexistence), method.classes)
     for scores in method.scores.values():
         set_up(cast(ProtocolScores, scores), cfg, coexistence)
@@ -173,12 +167,7 @@ def evaluate_masks(cfg: DictConfig) -> dict[str, float]:
         raise UserError(f"masks='{folder}': no such folder.")
     if not OmegaConf.is_missing(cfg, "checkpoint"):
         raise UserError("masks and checkpoint are both set: score one after the other.")
-    idle = [key for key in OF_CHECKPOINTS if cfg[key] is not None and cfg[key] != []]
-    if idle:
-        raise UserError(
-            f"masks=... is scored as it is, and {idle[0]}={cfg[idle[0]]} would do nothing: leave "
-            "it out, or give a checkpoint."
-        )
+    refuse_idle(cfg, ("networks", *OF_PROTOCOLS), "masks=... is scored as it is")
     if "_target_" not in cfg.data:
         raise UserError(
             "masks=... needs the data set that the masks belong to: data=voc data.root=..."
@@ -189,6 +178,17 @@ def evaluate_masks(cfg: DictConfig) -> dict[str, float]:
     output_dir = Path(cfg.output_dir or beside).expanduser()
     check_writable(output_dir)
     return score_masks(folder, open_data(cfg, originals=False), output_dir, cfg.boundary)
+
+
+def refuse_idle(cfg: DictConfig, keys: Iterable[str], why: str) -> None:
+    """Refuse settings that would do nothing.
+
+    Raises:
+        UserError: one of ``keys`` is set.
+    """
+    for key in keys:
+        if cfg[key] is not None and cfg[key] != []:
+            raise UserError(f"{why}, and {key}={cfg[key]} would do nothing: leave it out.")
 
 
 def as_names(value: Any) -> tuple[str, ...]:

@@ -132,6 +132,11 @@ def test_what_a_run_leaves(affinity_run: Path, settings: list[str], tmp_path: Pa
     assert again == scores["scores"]
     assert 100 * found[SCORE] == pytest.approx(again[SCORE], abs=0.01)
 
+    for setting in ("protocols=[seg/miou_ss]", "cpl_threshold=0.4", "cam_scales=[1]"):
+        command = [f"checkpoint={affinity_run}/checkpoints/last.ckpt", setting, "accelerator=cpu"]
+        with pytest.raises(UserError, match=f"{setting.split('=')[0]}=.* would do nothing"):
+            evaluate(compose("evaluate", [*command, f"output_dir={tmp_path / 'idle'}"]))
+
     written = report(
         compose(
             "report", [f"run={affinity_run}", "pictures=1", f"output_dir={tmp_path / 'report'}"]
