@@ -55,7 +55,7 @@ from wsss.report.tables import (
 from wsss.submission import write_submission
 
 PROTOCOLS = (*SEGMENTATION_PROTOCOLS, *CRF_PROTOCOLS, *CAM_PROTOCOLS)
-#: settings that the protocols alone heed, and an affinity network, which has none, does not
+#: settings of the protocols; neither a folder of masks nor an affinity network has any
 OF_PROTOCOLS = ("protocols", "eval_scales", "cam_scales", "cpl_threshold", "crf", "coexistence")
 
 
@@ -94,7 +94,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     method = restore_method(checkpoint, run, path)
     choose_networks(method, as_names(cfg.networks))
     if not method.scores:
-        refuse_idle(cfg, OF_PROTOCOLS, f"{path} has scores of its own")
+        refuse_idle(cfg, OF_PROTOCOLS, f"{path} is of method={method.short_name()}")
     coexistence = class_numbers(as_names(cfg.coexistence), method.classes)
     for scores in method.scores.values():
         set_up(cast(ProtocolScores, scores), cfg, coexistence)

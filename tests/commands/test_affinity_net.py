@@ -107,6 +107,19 @@ def test_confident_labels(confident: Path) -> None:
     assert {0, 255} < set(values.tolist())
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["protocols=[seg/miou_ss]", "eval_scales=[1]", "cam_scales=[1]", "cpl_threshold=0.4"],
+)
+def test_settings_of_protocols_are_refused(
+    affinity_run: Path, tmp_path: Path, setting: str
+) -> None:
+    command = [f"checkpoint={affinity_run}", setting, f"output_dir={tmp_path}"]
+    message = rf"method=affinity_net, and {setting.split('=')[0]}=.* would do nothing"
+    with pytest.raises(UserError, match=message):
+        evaluate(compose("evaluate", [*command, "accelerator=cpu"]))
+
+
 def test_what_a_run_leaves(affinity_run: Path, settings: list[str], tmp_path: Path) -> None:
     scores = json.loads((affinity_run / "scores.json").read_text())
     assert scores["method"] == "affinity_net"
@@ -131,11 +144,6 @@ def test_what_a_run_leaves(affinity_run: Path, settings: list[str], tmp_path: Pa
     again = json.loads((tmp_path / "again/scores.json").read_text())["scores"]
     assert again == scores["scores"]
     assert 100 * found[SCORE] == pytest.approx(again[SCORE], abs=0.01)
-
-    for setting in ("protocols=[seg/miou_ss]", "cpl_threshold=0.4", "cam_scales=[1]"):
-        command = [f"checkpoint={affinity_run}/checkpoints/last.ckpt", setting, "accelerator=cpu"]
-        with pytest.raises(UserError, match=f"{setting.split('=')[0]}=.* would do nothing"):
-            evaluate(compose("evaluate", [*command, f"output_dir={tmp_path / 'idle'}"]))
 
     written = report(
         compose(

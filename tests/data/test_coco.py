@@ -433,6 +433,15 @@ def test_ids_that_two_images_have(root: Path) -> None:
         assert COCO(root).open("train", on_error="skip").names == ["a"]
 
 
+def test_an_image_that_is_listed_twice(root: Path) -> None:
+    """Both are the same image: its annotations are its own."""
+    write_json(root, ABC, change=lambda c: c["images"].append(c["images"][0]))
+    with pytest.raises(DatasetError, match="two images are called 'a'"):
+        COCO(root).open("train")
+    with pytest.warns(UserWarning, match="left out 1 of 3 images"):
+        assert COCO(root).open("train", on_error="skip").names == ["a", "b"]
+
+
 def test_annotations_of_images_that_are_not_listed_are_counted(root: Path) -> None:
     assert "not listed" not in notes(root)
     write_json(root, ABC, change=lambda c: c["annotations"][1].update(image_id="100"))

@@ -168,7 +168,9 @@ class COCO(Layout):
         out = self.work / f"masks_{split}{self.year}"
         items, entries, empty = [], [], 0
         seen: set[str] = set()
-        of_id = Counter(image["id"] for image in annotations.images)
+        # An image that is listed twice is no doubt; two images with one id are.
+        different = {(image["id"], image["file_name"]) for image in annotations.images}
+        of_id = Counter(number for number, _ in different)
         for image in annotations.images:
             own = annotations.by_image.get(image["id"], [])
             if not own:
